@@ -1,0 +1,1 @@
+"""The lab server: text -> embeddings -> broadcast -> collect -> aggregate -> broadcast."""

@@ -1,0 +1,33 @@
+"""Accepted updates -> the next global adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from clip_lora.algebra import mean_of_factors, mean_of_products
+from protocol.messages import Adapter, Offer, Update
+
+Aggregation = Literal["mean_of_factors", "mean_of_products"]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An accepted update with its offer."""
+
+    offer: Offer
+    update: Update
+
+
+def aggregate(contributions: Mapping[str, Contribution], method: Aggregation, rank: int) -> Adapter:
+    """Return the sample-weighted mean adapter, weights n_k / sum n (method.md, step 5).
+
+    Clients are taken in sorted order, so that the order of arrival leaves no trace in the bits.
+    """
+    ordered = [contributions[client] for client in sorted(contributions)]
+    adapters = [contribution.update.adapter for contribution in ordered]
+    weights = [float(contribution.offer.samples) for contribution in ordered]
+    if method == "mean_of_products":
+        return mean_of_products(adapters, weights, rank)
+    return mean_of_factors(adapters, weights)

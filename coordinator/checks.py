@@ -1,0 +1,85 @@
+"""Is an update any good? The answer is a verdict, never an exception. Cheapest checks first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from protocol.messages import Offer, RoundPlan, Update, Verdict
+
+ACCEPTED = Verdict(accepted=True)
+UNIT_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an update of this round must look like: the plan, the factors' shapes, width and number of classes."""
+
+    plan: RoundPlan
+    shapes: dict[str, tuple[int, int]]
+    width: int
+    classes: int
+
+
+def rejected(reason: str, detail: str) -> Verdict:
+    """Return a rejection; reasons are listed in docs/operations.md."""
+    return Verdict(accepted=False, reason=reason, detail=detail)
+
+
+def check_offer(client: str, offer: Offer, plan: RoundPlan | None, counted: Collection[str]) -> Verdict:
+    """Check what the offer says about itself."""
+    if plan is None or offer.round != plan.round:
+        current = "no round is open" if plan is None else f"round {plan.round} is open"
+        return rejected("stale-round", f"the update is for round {offer.round}, {current}")
+    if offer.base != plan.adapter.sha256:
+        return rejected(
+            "wrong-base", f"trained from adapter {offer.base[:12]}, the round began with {plan.adapter.sha256[:12]}"
+        )
+    if client not in plan.participants:
+        return rejected("not-invited", "this client was not drawn for the round")
+    if client in counted:
+        return rejected("already-counted", "another update of this client was accepted in this round")
+    return ACCEPTED
+
+
+def check_update(update: Update, expected: Expectation) -> Verdict:
+    """Check the arrays: names, shapes, finite values, and that prototypes and features are what they claim to be."""
+    return _check_adapter(update, expected) or _check_features(update, expected) or ACCEPTED
+
+
+def _check_adapter(update: Update, expected: Expectation) -> Verdict | None:
+    if update.adapter.keys() != expected.shapes.keys():
+        odd = sorted(update.adapter.keys() ^ expected.shapes.keys())
+        return rejected("wrong-names", f"{len(odd)} factors are missing or unknown, first {odd[0]}"[:300])
+    for name, shape in expected.shapes.items():
+        if update.adapter[name].shape != shape:
+            return rejected("wrong-shapes", f"{name} is {update.adapter[name].shape}, the round trains {shape}")
+    for name, factor in update.adapter.items():
+        if not np.all(np.isfinite(factor)):
+            return rejected("not-finite", f"{name} holds NaN or infinity")
+    return None
+
+
+def _check_features(update: Update, expected: Expectation) -> Verdict | None:
+    for name, rows, indices in (
+        ("prototypes", update.prototypes, update.prototype_classes),
+        ("features", update.features, update.labels),
+    ):
+        if rows.shape[1] != expected.width and len(rows):
+            return rejected("wrong-shapes", f"{name} are {rows.shape[1]} wide, the model's are {expected.width}")
+        if not np.all(np.isfinite(rows)):
+            return rejected("not-finite", f"{name} hold NaN or infinity")
+        if np.any(indices < 0) or np.any(indices >= expected.classes):
+            return rejected("unknown-class", f"{name} name a class outside 0 to {expected.classes - 1}")
+        if np.any(np.abs(np.linalg.norm(rows, axis=1) - 1.0) > UNIT_TOLERANCE):
+            return rejected("not-unit", f"{name} are not of unit length")
+    if np.any(update.prototype_counts < 1) or len(set(update.prototype_classes.tolist())) != len(update.prototypes):
+        return rejected("bad-counts", "every prototype needs its own class and a count of at least 1")
+    most = np.bincount(update.labels, minlength=1).max(initial=0)
+    if most > expected.plan.recipe.features_per_class:
+        return rejected(
+            "too-many-features", f"{most} features of one class, {expected.plan.recipe.features_per_class} allowed"
+        )
+    return None

@@ -1,0 +1,91 @@
+"""What a federation is, from one TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from protocol.messages import Name, Recipe
+from protocol.settings import BrokerSettings, load_settings
+
+TEMPLATE = """\
+# clipcast coordinator. `clipcast coordinator run {file}` starts it.
+
+federation = "{federation}"                 # one word; becomes part of MQTT topics
+classes = [{classes}]
+templates = ["a photo of a {{}}"]       # {{}} is replaced by the class name; several are averaged
+model = "tiny-clip"                   # tiny-clip, a folder in transformers' format, or e.g. "openai/clip-vit-base-patch32"
+
+rounds = 5
+clients_per_round = 2                 # drawn from the clients that are online
+quorum = 2                            # so many accepted updates close a round
+deadline_s = 600                      # a round without its quorum by then is given up, and the next one begins
+aggregation = "mean_of_factors"       # or "mean_of_products": averages B A exactly, then cuts back to the rank
+seed = 0
+state = "state"                       # adapters and the record of every round; a restart continues from here
+
+[recipe]
+rank = 4
+alpha = 8.0
+projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
+first_block = 0                       # blocks below this one stay as they are
+learning_rate = 3e-3
+local_steps = 20                      # optimiser steps of a client in a round
+batch_size = 16
+mu = 0.1                              # weight of the orthogonal loss
+features_per_class = 16               # correctly predicted features a client uploads; 0 uploads none
+
+[broker]
+url = "{broker}"                      # mqtts:// for TLS
+# username = "coordinator"
+# password_file = "password.txt"
+# ca_file = "ca.pem"
+"""
+
+
+class CoordinatorConfig(BaseModel):
+    """One federation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    federation: Name
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("a photo of a {}",)
+    model: str = "tiny-clip"
+    rounds: Annotated[int, Field(ge=1)] = 5
+    clients_per_round: Annotated[int, Field(ge=1)] = 2
+    quorum: Annotated[int, Field(ge=1)] = 2
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    aggregation: Literal["mean_of_factors", "mean_of_products"] = "mean_of_factors"
+    seed: Annotated[int, Field(ge=0)] = 0
+    state: Path = Path("state")
+    recipe: Recipe = Recipe()
+    broker: BrokerSettings = BrokerSettings()
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} needs exactly one {{}} where the class name goes")
+        return templates
+
+    @field_validator("state")
+    @classmethod
+    def _relative_to_the_file(cls, state: Path, info: ValidationInfo) -> Path:
+        folder: Path | None = (info.context or {}).get("folder")
+        return state if folder is None else folder / state.expanduser()
+
+    @model_validator(mode="after")
+    def _fits(self) -> CoordinatorConfig:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must differ from each other")
+        if self.quorum > self.clients_per_round:
+            raise ValueError(f"quorum {self.quorum} can never be reached with clients_per_round {self.clients_per_round}")
+        return self
+
+
+def load(path: Path) -> CoordinatorConfig:
+    """Read a coordinator's TOML; raises SettingsError."""
+    return load_settings(path, CoordinatorConfig, "clipcast coordinator init")

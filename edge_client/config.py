@@ -1,0 +1,63 @@
+"""What one device needs to know, from one TOML. Blanks are filled from the hardware profile and the class bank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from protocol.messages import Name
+from protocol.settings import BrokerSettings, load_settings
+
+DIGITS = "digits"
+
+TEMPLATE = """\
+# clipcast edge client. `clipcast client run {file}` starts it.
+
+id = "{id}"                      # unique in the federation; becomes part of MQTT topics
+federation = "{federation}"         # as the coordinator names it
+
+# A folder of pictures with one sub-folder per class, or "digits" (scikit-learn's handwritten digits, for a first try).
+data = "{data}"
+
+# profile = "generic-cpu"        # a name from `clipcast profiles list`; without it the board is detected
+# bits = 4                       # 4, 8 or 32: overrides the profile
+# batch_size = 16                # upper limit for this device; the federation's recipe may ask for less
+# threads = 2                    # CPU threads for training
+# device = "cpu"                 # "cpu" or "cuda"; without it a GPU is used if torch sees one
+# model = "/opt/models/clip"     # a local copy of the federation's model; without it the federation's name is loaded
+
+[broker]
+url = "{broker}"
+# username = "{id}"
+# password_file = "password.txt"
+# ca_file = "ca.pem"             # with mqtts:// and a private authority
+"""
+
+
+class ClientConfig(BaseModel):
+    """One edge client."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: Name
+    federation: Name
+    data: str
+    profile: str | None = None
+    bits: Literal[4, 8, 32] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    model: str | None = None
+    broker: BrokerSettings = BrokerSettings()
+
+    @field_validator("data")
+    @classmethod
+    def _relative_to_the_file(cls, data: str, info: ValidationInfo) -> str:
+        folder: Path | None = (info.context or {}).get("folder")
+        return data if data == DIGITS or folder is None else str(folder / Path(data).expanduser())
+
+
+def load(path: Path) -> ClientConfig:
+    """Read a client's TOML; raises SettingsError."""
+    return load_settings(path, ClientConfig, "clipcast client init")

@@ -1,0 +1,128 @@
+"""Pictures on this device: a folder with one sub-folder per class, or the named dataset `digits`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clip_lora.preprocess import Pixels, Preprocessing
+from edge_client.config import DIGITS
+from edge_client.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CACHE_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: where it is from, its class, and how to decode it."""
+
+    name: str
+    label: str
+    load: Callable[[], Image.Image]
+
+
+@dataclass
+class Dataset:
+    """Pictures preprocessed to uint8 on demand, kept in memory up to a budget. `labels` (N,) index the class bank."""
+
+    pictures: Sequence[Picture]
+    labels: NDArray[np.int32]
+    preprocessing: Preprocessing
+    budget: int = CACHE_BYTES
+    _kept: dict[int, Pixels] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def pixels(self, indices: Sequence[int]) -> Pixels:
+        """Return the given pictures, uint8 (batch, height, width, 3)."""
+        return np.stack([self._one(int(index)) for index in indices])
+
+    def _one(self, index: int) -> Pixels:
+        if index in self._kept:
+            return self._kept[index]
+        pixels: Pixels = self.preprocessing.pixels([self.pictures[index].load()])[0]
+        if (len(self._kept) + 1) * pixels.nbytes <= self.budget:
+            self._kept[index] = pixels
+        return pixels
+
+
+def open_dataset(source: str, classes: Sequence[str], preprocessing: Preprocessing) -> Dataset:
+    """Open this device's pictures against the federation's classes.
+
+    A picture that cannot be read is left out with a warning that names it. Raises DataError for a folder that is not
+    there or holds no readable pictures, and for a class that the class bank does not know.
+    """
+    found = find_pictures(source)
+    index = {name: position for position, name in enumerate(classes)}
+    unknown = sorted({picture.label for picture in found} - index.keys())
+    if unknown:
+        raise DataError(
+            f"{source} has pictures of {', '.join(map(repr, unknown))}, which the federation's class bank does not know "
+            f"(it knows {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}): rename or move these folders, or "
+            f"add the classes to the coordinator's settings"
+        )
+    readable = [picture for picture in found if _is_readable(picture)]
+    if not readable:
+        raise DataError(f"{source}: none of its {len(found)} pictures can be read. Are they whole?")
+    return Dataset(readable, np.array([index[picture.label] for picture in readable], np.int32), preprocessing)
+
+
+def find_pictures(source: str) -> list[Picture]:
+    """List the pictures of a folder, or of `digits`, in a fixed order; raises DataError."""
+    if source == DIGITS:
+        return _digits()
+    folder = Path(source)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. `data` names a folder of pictures with one sub-folder per class")
+    files = [
+        file
+        for label in sorted(folder.iterdir())
+        if label.is_dir() and not label.name.startswith(".")
+        for file in sorted(label.rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not files:
+        raise DataError(f"{folder} holds no pictures: put them in one sub-folder per class, e.g. {folder / 'cat' / '1.jpg'}")
+    return [Picture(str(file), file.relative_to(folder).parts[0], _opener(file)) for file in files]
+
+
+def _opener(file: Path) -> Callable[[], Image.Image]:
+    def load() -> Image.Image:
+        with Image.open(file) as picture:
+            rgb: Image.Image = picture.convert("RGB")
+            return rgb
+
+    return load
+
+
+def _is_readable(picture: Picture) -> bool:
+    try:
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        log.warning("left out %s: it cannot be read as a picture (%s). Replace or remove it", picture.name, error)
+        return False
+    return True
+
+
+def _digits() -> list[Picture]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the dataset `digits` needs scikit-learn: pip install 'clipcast[demo]'") from error
+    data = load_digits()
+    pictures = (data.images / 16.0 * 255.0).round().astype(np.uint8)  # 8x8, 17 grey levels
+    return [
+        Picture(f"digits/{number:04d}", DIGIT_NAMES[target], lambda array=array: Image.fromarray(array))  # type: ignore[misc]
+        for number, (array, target) in enumerate(zip(pictures, data.target, strict=True))
+    ]

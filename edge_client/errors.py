@@ -1,0 +1,11 @@
+"""How a device fails, apart from the wire and the model."""
+
+from __future__ import annotations
+
+
+class DataError(RuntimeError):
+    """Pictures that cannot be used for training; the message names the folder, class or file, and the cure."""
+
+
+class InferenceError(RuntimeError):
+    """An ONNX file or a picture that cannot be used for inference."""

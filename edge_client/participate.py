@@ -1,0 +1,72 @@
+"""THE LOOP of a device: await a plan, train, upload, again."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from edge_client.participation import Announce, Participation, Send, Step, Train, Withdraw
+from edge_client.train import Trainer
+from protocol.client_end import ClientEnd, ClientEvent
+from protocol.link import Link
+from protocol.messages import Status, TrainingResult
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+def participate(
+    link: Link[ClientEvent], end: ClientEnd, trainer: Trainer, client: Participation, stop: threading.Event
+) -> None:
+    """Take part until `stop` is set. The training runs beside the loop, so that the link stays alive.
+
+    Raises what the training raised, after everybody has been told.
+    """
+    training: Future[TrainingResult] | None = None
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="training") as pool:
+        try:
+            while not stop.is_set():
+                steps: list[Step] = []
+                for event in link.poll(POLL_S):
+                    log.debug("%s", event)
+                    steps += client.on(event)
+                if training is not None and training.done():
+                    if problem := training.exception():
+                        carry_out(client.failed(str(problem)), link, end)
+                        raise problem
+                    steps += client.trained(training.result())
+                    training = None
+                for step in steps:
+                    if isinstance(step, Train):
+                        training = pool.submit(trainer.run, step.ready, stop.is_set)
+                        training.add_done_callback(lambda _: link.wake())
+                carry_out(steps, link, end)
+        finally:
+            stop.set()
+            link.bus.close(end.farewell())
+
+
+def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd) -> None:
+    """Do what concerns the wire."""
+    for step in steps:
+        match step:
+            case Send(result=result):
+                log.info("round %d: loss %.3f, accuracy %.3f, offering", result.round, result.loss, result.accuracy)
+                link.do(end.offer(result))
+            case Withdraw():
+                end.withdraw()
+            case Announce(status=status):
+                log.info("%s %s", status.phase, status.detail)
+                link.do(end.announce(status))
+            case Train():
+                pass
+
+
+def new_client(federation: str, client_id: str, status: Status, seed: int | None = None) -> tuple[ClientEnd, Participation]:
+    """Return a client's two plain objects: its end of the wire and its part in the federation."""
+    end = ClientEnd(federation, client_id, random.Random(seed))
+    end.announce(status)
+    return end, Participation(client_id, status)

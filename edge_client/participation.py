@@ -1,0 +1,95 @@
+"""What a client does next, as a plain object: events in, steps out. No threads, no MQTT, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.client_end import Answered, ClientEvent, LinkChanged, PlanReady
+from protocol.messages import Status, TrainingResult
+
+
+@dataclass(frozen=True)
+class Train:
+    """Start training for this plan."""
+
+    ready: PlanReady
+
+
+@dataclass(frozen=True)
+class Send:
+    """Offer this update until its receipt."""
+
+    result: TrainingResult
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Stop offering: the round has moved on."""
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Tell everybody what this client is doing."""
+
+    status: Status
+
+
+Step = Train | Send | Withdraw | Announce
+
+
+class Participation:
+    """One client's part in a federation. It trains at most one plan at a time, and each plan once."""
+
+    def __init__(self, client_id: str, status: Status) -> None:
+        self._id = client_id
+        self._status = status
+        self._current: PlanReady | None = None
+        self._training: PlanReady | None = None
+        self._answered: tuple[int, str] | None = None
+
+    def on(self, event: ClientEvent) -> list[Step]:
+        """Take in an event of the wire."""
+        match event:
+            case PlanReady():
+                return self._planned(event)
+            case Answered(receipt=receipt):
+                self._answered = (receipt.round, self._base())
+                verdict = "accepted" if receipt.accepted else f"rejected: {receipt.reason} {receipt.detail}".strip()
+                return [self._announce("waiting", receipt.round, f"update {verdict}"[:500])]
+            case LinkChanged():
+                return []
+
+    def trained(self, result: TrainingResult) -> list[Step]:
+        """Take in a finished training: it is sent if its round is still the current one."""
+        self._training = None
+        plan = self._current.plan if self._current else None
+        if plan is None or (plan.round, plan.adapter.sha256) != (result.round, result.base) or plan.state != "open":
+            return self._planned(self._current) if self._current else []
+        return [Send(result), self._announce("uploading", result.round)]
+
+    def failed(self, problem: str) -> list[Step]:
+        """Take in a failed training: everybody is told why."""
+        number = self._training.plan.round if self._training else None
+        self._training = None
+        return [self._announce("failed", number, problem[:500])]
+
+    def _planned(self, ready: PlanReady) -> list[Step]:
+        self._current = ready
+        plan = ready.plan
+        steps: list[Step] = [Withdraw()]
+        if plan.state == "finished":
+            return [*steps, self._announce("waiting", plan.round, "federation finished")]
+        if self._id not in plan.participants:
+            return [*steps, self._announce("waiting", plan.round, "not drawn for this round")]
+        if self._answered == (plan.round, plan.adapter.sha256) or self._training is not None:
+            return steps
+        self._training = ready
+        return [*steps, Train(ready), self._announce("training", plan.round)]
+
+    def _announce(self, phase: str, number: int | None, detail: str = "") -> Announce:
+        fields = {**self._status.model_dump(), "phase": phase, "round": number, "detail": detail}
+        self._status = Status.model_validate(fields)
+        return Announce(self._status)
+
+    def _base(self) -> str:
+        return self._current.plan.adapter.sha256 if self._current else ""

@@ -1,0 +1,198 @@
+"""Local training on a quantised image tower: the steps, and what is said about them (method.md, steps 2 and 3).
+
+The model is loaded once per process and kept; a round only swaps adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from clip_lora.lora import adapter_state, attach, load_adapter
+from clip_lora.preprocess import Preprocessing, load_preprocessing
+from clip_lora.towers import load_config, load_image_tower, model_facts
+from edge_client.data import Dataset, open_dataset
+from edge_client.losses import alignment_loss, orthogonal_loss
+from protocol.client_end import PlanReady
+from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingResult, Update
+
+log = logging.getLogger(__name__)
+
+EVAL_BATCH = 64
+
+
+class BankMismatchError(RuntimeError):
+    """The federation's model is not the one on this device."""
+
+
+class TrainingStopped(Exception):  # noqa: N818 - not an error: the process was asked to end
+    """Training was interrupted between two steps."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How a run of local steps went: mean loss over its steps, number of steps, seconds."""
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+class ImageEncoder:
+    """A quantised image tower with a LoRA adapter, and its preprocessing. Made once per process."""
+
+    def __init__(self, model: str, bits: int, device: str, recipe: Recipe) -> None:
+        self.name = model
+        self.device = device
+        self.preprocessing: Preprocessing = load_preprocessing(model)
+        self.model: PeftModel = attach(load_image_tower(model, bits, device), load_config(model), "vision", recipe)
+
+    def features(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Uint8 pictures (N, H, W, 3) -> unit features (N, D), float32."""
+        batch = self.preprocessing.normalise(torch.from_numpy(pixels).to(self.device))
+        # A half-precision base on a GPU wants its own dtype; the factors stay float32.
+        embeds = self.model(pixel_values=batch.to(self.model.dtype)).image_embeds.float()
+        return torch.nn.functional.normalize(embeds, dim=-1)
+
+
+class Trainer:
+    """Runs rounds on this device's pictures."""
+
+    def __init__(self, client_id: str, source: str, bits: int, device: str, model: str | None, batch_limit: int) -> None:
+        self._id = client_id
+        self._source = source
+        self._bits = bits
+        self._device = device
+        self._model = model
+        self._batch_limit = batch_limit
+        self._encoder: ImageEncoder | None = None
+        self._shape: tuple[object, ...] | None = None
+        self._data: Dataset | None = None
+        self._classes: tuple[str, ...] | None = None
+
+    def prepare(self, bank: TextBank, recipe: Recipe) -> tuple[ImageEncoder, Dataset]:
+        """Load model and pictures unless they are here already.
+
+        Raises ModelError, DataError, or BankMismatchError if this device's weights are not the coordinator's.
+        """
+        shape = (recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
+        if self._encoder is None or shape != self._shape:
+            name = self._model or bank.model
+            facts = model_facts(name)
+            if facts.digest != bank.model_digest:
+                raise BankMismatchError(
+                    f"model {name!r} here has weights {facts.digest[:12]}, the federation trains {bank.model!r} with "
+                    f"{bank.model_digest[:12]}: install the same weights on this device, or set `model` to them"
+                )
+            self._encoder, self._shape = ImageEncoder(name, self._bits, self._device, recipe), shape
+        if self._data is None or self._classes != bank.classes:
+            self._data = open_dataset(self._source, bank.classes, self._encoder.preprocessing)
+            self._classes = bank.classes
+            log.info("%d pictures in %s", len(self._data), self._source)
+        return self._encoder, self._data
+
+    def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
+        """Train one round and return what goes up."""
+        plan, bank = ready.plan, ready.bank
+        started = time.monotonic()
+        encoder, data = self.prepare(bank, plan.recipe)
+        seed = derive_seed(plan.seed, plan.round, self._id)
+        load_adapter(encoder.model, ready.adapter)
+        metrics = local_steps(encoder, data, bank, plan.recipe, seed, self._batch_limit, stopped)
+        update, accuracy = summarise(encoder, data, bank, plan.recipe, seed)
+        return TrainingResult(
+            plan.round, plan.adapter.sha256, update, len(data), metrics.loss, accuracy, time.monotonic() - started
+        )
+
+
+def derive_seed(federation_seed: int, number: int, client: str) -> int:
+    """Return the seed of one client's round: the same wherever and whenever it is computed."""
+    digest = hashlib.sha256(f"{federation_seed}:{number}:{client}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def local_steps(
+    encoder: ImageEncoder,
+    data: Dataset,
+    bank: TextBank,
+    recipe: Recipe,
+    seed: int,
+    batch_limit: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Metrics:
+    """Take `recipe.local_steps` AdamW steps on the adapter; raises TrainingStopped as soon as `stopped()`."""
+    parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    targets = torch.from_numpy(bank.embeddings).to(encoder.device)
+    labels = torch.from_numpy(data.labels.astype(np.int64)).to(encoder.device)
+    total, started = 0.0, time.monotonic()
+    batches = _batches(len(data), min(recipe.batch_size, batch_limit), seed)
+    for _ in range(recipe.local_steps):
+        if stopped():
+            raise TrainingStopped
+        batch = next(batches)
+        features = encoder.features(data.pixels(batch.tolist()))
+        y = labels[torch.from_numpy(batch)]
+        loss = alignment_loss(features, y, targets, bank.logit_scale) + recipe.mu * orthogonal_loss(features, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += loss.item()
+    return Metrics(total / max(recipe.local_steps, 1), recipe.local_steps, time.monotonic() - started)
+
+
+def encode(encoder: ImageEncoder, data: Dataset) -> FloatArray:
+    """Return the unit features of every picture, (N, D)."""
+    with torch.no_grad():
+        parts = [
+            encoder.features(data.pixels(range(start, min(start + EVAL_BATCH, len(data))))).cpu().numpy()
+            for start in range(0, len(data), EVAL_BATCH)
+        ]
+    return np.concatenate(parts)
+
+
+def summarise(encoder: ImageEncoder, data: Dataset, bank: TextBank, recipe: Recipe, seed: int) -> tuple[Update, float]:
+    """Return the update and the training accuracy.
+
+    Prototypes are the unit means of v(x) over all samples of a class; features are of correctly predicted samples, a
+    seeded draw of at most `features_per_class` of each class (method.md, step 3).
+    """
+    features = encode(encoder, data)
+    correct = (features @ bank.embeddings.T).argmax(axis=1) == data.labels
+    present = np.unique(data.labels)
+    means = np.stack([features[data.labels == c].mean(axis=0) for c in present])
+    order = np.random.default_rng(seed).permutation(len(data))
+    chosen = [order[(data.labels[order] == c) & correct[order]][: recipe.features_per_class] for c in present]
+    picked = np.concatenate(chosen)
+    adapter: Adapter = adapter_state(encoder.model)
+    update = Update(
+        adapter,
+        (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32),
+        present.astype(np.int32),
+        np.array([(data.labels == c).sum() for c in present], np.int32),
+        features[picked],
+        data.labels[picked].astype(np.int32),
+    )
+    return update, float(correct.mean())
+
+
+def accuracy(encoder: ImageEncoder, data: Dataset, bank: TextBank) -> float:
+    """Return the share of pictures whose nearest class embedding is their own, 0 to 1."""
+    return float(((encode(encoder, data) @ bank.embeddings.T).argmax(axis=1) == data.labels).mean())
+
+
+def _batches(size: int, batch: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Endless seeded epochs; a short last batch is kept, so that every picture is seen once an epoch."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(size)
+        for start in range(0, size, batch):
+            yield order[start : start + batch]

@@ -1,0 +1,1 @@
+"""The wire: topics, messages, codec, transfer and bus. Never imports torch."""

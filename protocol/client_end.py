@@ -1,0 +1,267 @@
+"""The client's end of the wire, sans-I/O: bus events and the time go in; actions and events for the client come out.
+
+It keeps the client subscribed, fetches the blobs that manifests point to, repeats its offer until a receipt, and answers
+needs with chunks. It knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
+from protocol.codec import decode_adapter, decode_bank, encode_update, reference
+from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
+from protocol.errors import WireError
+from protocol.messages import (
+    CHUNK_SIZE,
+    MIN_CHUNK_SIZE,
+    Adapter,
+    BlobRef,
+    ClassBankManifest,
+    Manifest,
+    Need,
+    Offer,
+    Receipt,
+    RoundPlan,
+    Status,
+    TextBank,
+    TrainingResult,
+)
+from protocol.topics import Address, Topics, parse
+from protocol.transfer import Fetch, Repeat, Serve
+
+log = logging.getLogger(__name__)
+
+CHUNK_EXPIRY_S = 60
+PACKET_MARGIN = 512
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class PlanReady:
+    """A round plan has arrived whole: with its class bank and its global adapter."""
+
+    plan: RoundPlan
+    bank: TextBank
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The coordinator's verdict on our update."""
+
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class LinkChanged:
+    """The link to the broker came up or went down."""
+
+    up: bool
+    reason: str = ""
+
+
+ClientEvent = PlanReady | Answered | LinkChanged
+
+
+@dataclass
+class _Wanted(Generic[Record]):
+    """A record that a manifest points to: being fetched, or here."""
+
+    fetch: Fetch
+    read: Callable[[bytes], Record]
+    record: Record | None = None
+
+    @property
+    def ref(self) -> BlobRef:
+        return self.fetch.ref
+
+
+@dataclass
+class _Upload:
+    offer: Offer
+    serve: Serve
+    repeat: Repeat
+
+
+class ClientEnd:
+    """One client's side of the protocol. All methods return the actions that the bus should carry out."""
+
+    def __init__(self, federation: str, client_id: str, rng: random.Random) -> None:
+        self.topics = Topics(federation)
+        self.bytes_received = 0
+        self._id = client_id
+        self._rng = rng
+        self._status = Status(state="online")
+        self._chunk_size = CHUNK_SIZE
+        self._plan: RoundPlan | None = None
+        self._announced: RoundPlan | None = None
+        self._bank: _Wanted[TextBank] | None = None
+        self._adapter: _Wanted[Adapter] | None = None
+        self._upload: _Upload | None = None
+
+    def will(self) -> Publish:
+        """Return the last will: the retained status, offline."""
+        return self._publish_status(Status(state="offline", phase="stopped", detail="connection lost"))
+
+    def farewell(self) -> Publish:
+        """Return what to say when leaving in good order."""
+        return self._publish_status(self._status.model_copy(update={"state": "offline", "phase": "stopped"}))
+
+    def announce(self, status: Status) -> list[Action]:
+        """Publish what this client is doing, retained."""
+        self._status = status
+        return [self._publish_status(status)]
+
+    def offer(self, result: TrainingResult) -> list[Action]:
+        """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if not finite."""
+        blob = encode_update(result.update)
+        ref = reference(blob, self._chunk_size)
+        offer = Offer(
+            round=result.round,
+            base=result.base,
+            blob=ref,
+            samples=result.samples,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            train_seconds=result.train_seconds,
+            bytes_received=self.bytes_received,
+        )
+        self._upload = _Upload(offer, Serve(blob, ref), Repeat(self._rng))
+        self.bytes_received = 0
+        return []
+
+    def withdraw(self) -> None:
+        """Stop offering: the round is over."""
+        self._upload = None
+
+    def handle(self, event: Event, now: float) -> tuple[list[Action], list[ClientEvent]]:
+        """Take in a bus event. What the protocol does not allow is logged and changes nothing."""
+        match event:
+            case Connected(max_packet=limit):
+                return self._connected(limit), [LinkChanged(up=True)]
+            case Disconnected(reason=reason):
+                return [], [LinkChanged(up=False, reason=reason)]
+            case Delivery(topic=topic, payload=payload):
+                self.bytes_received += len(payload)
+                try:
+                    return self._delivered(parse(topic), payload, now)
+                except WireError as error:
+                    log.warning("ignored a message on %s: %s", topic, error)
+                    return [], []
+
+    def tick(self, now: float, room: int) -> list[Action]:
+        """Say what is due: needs, the offer, and at most `room` chunks of the upload."""
+        actions: list[Action] = []
+        for wanted in (self._bank, self._adapter):
+            if wanted is not None and wanted.record is None and (missing := wanted.fetch.need(now)):
+                actions.append(self._manifest("need", Need(sha256=wanted.ref.sha256, missing=missing)))
+        upload = self._upload
+        if upload is not None:
+            if upload.repeat.due(now):
+                actions.append(self._manifest("offer", upload.offer))
+            for index, data in upload.serve.take(room, now):
+                topic = self.topics.upload(self._id, upload.offer.blob.sha256, index)
+                actions.append(Publish(topic, data, expiry_s=CHUNK_EXPIRY_S))
+        return actions
+
+    def _connected(self, max_packet: int | None) -> list[Action]:
+        if max_packet is not None:
+            self._chunk_size = max(MIN_CHUNK_SIZE, min(CHUNK_SIZE, max_packet - PACKET_MARGIN))
+        actions: list[Action] = [Subscribe(name) for name in self.topics.client_filters(self._id)]
+        for wanted in (self._bank, self._adapter):
+            if wanted is not None and wanted.record is None:
+                wanted.fetch.repeat.again()
+                actions.append(Subscribe(self.topics.blob_filter(wanted.ref.sha256)))
+        if self._upload is not None:
+            self._upload.repeat.again()
+        return [*actions, self._publish_status(self._status)]
+
+    def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
+        if address.federation != self.topics.federation or address.direction == "from":
+            return [], []
+        if address.kind == "blob":
+            assert address.sha256 is not None
+            assert address.index is not None
+            return self._chunk(address.sha256, address.index, payload, now)
+        envelope = decode(payload)
+        if envelope.federation != address.federation or envelope.sender != COORDINATOR:
+            raise WireError(f"a manifest of federation {envelope.federation!r} by {envelope.sender!r}")
+        if envelope.manifest.kind != address.kind:
+            raise WireError(f"a {envelope.manifest.kind} manifest on a {address.kind} topic")
+        match address.kind:
+            case "classes":
+                return self._classes(expect(envelope, ClassBankManifest))
+            case "round":
+                return self._round(expect(envelope, RoundPlan))
+            case "need":
+                self._needed(expect(envelope, Need), now)
+                return [], []
+            case "receipt":
+                return self._receipt(expect(envelope, Receipt))
+            case _:
+                return [], []
+
+    def _classes(self, manifest: ClassBankManifest) -> tuple[list[Action], list[ClientEvent]]:
+        if self._bank is not None and self._bank.ref.sha256 == manifest.blob.sha256:
+            return [], []
+        actions = self._stop_fetching(self._bank)
+        self._bank = _Wanted(Fetch(manifest.blob, Repeat(self._rng)), decode_bank)
+        return [*actions, Subscribe(self.topics.blob_filter(manifest.blob.sha256))], []
+
+    def _round(self, plan: RoundPlan) -> tuple[list[Action], list[ClientEvent]]:
+        self._plan = plan
+        if self._adapter is not None and self._adapter.ref.sha256 == plan.adapter.sha256:
+            return [], self._ready()
+        actions = self._stop_fetching(self._adapter)
+        self._adapter = _Wanted(Fetch(plan.adapter, Repeat(self._rng)), decode_adapter)
+        return [*actions, Subscribe(self.topics.blob_filter(plan.adapter.sha256))], []
+
+    def _stop_fetching(self, wanted: _Wanted[Record] | None) -> list[Action]:
+        if wanted is None or wanted.record is not None:
+            return []
+        return [Unsubscribe(self.topics.blob_filter(wanted.ref.sha256))]
+
+    def _chunk(self, digest: str, index: int, data: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
+        for wanted in (self._bank, self._adapter):
+            if wanted is not None and wanted.record is None and wanted.ref.sha256 == digest:
+                wanted.fetch.chunk(index, data, now)
+                blob = wanted.fetch.blob()
+                if blob is None:
+                    return [], []
+                wanted.record = wanted.read(blob)
+                return [Unsubscribe(self.topics.blob_filter(digest))], self._ready()
+        return [], []
+
+    def _ready(self) -> list[ClientEvent]:
+        """Report the plan once, when all that it names is here."""
+        plan, bank, adapter = self._plan, self._bank, self._adapter
+        if plan is None or bank is None or adapter is None or bank.record is None or adapter.record is None:
+            return []
+        if plan == self._announced or bank.ref.sha256 != plan.classes or adapter.ref.sha256 != plan.adapter.sha256:
+            return []
+        self._announced = plan
+        return [PlanReady(plan, bank.record, adapter.record)]
+
+    def _needed(self, need: Need, now: float) -> None:
+        if self._upload is not None and need.sha256 == self._upload.offer.blob.sha256:
+            self._upload.repeat.answered(now)
+            self._upload.serve.need(need.missing, now)
+
+    def _receipt(self, receipt: Receipt) -> tuple[list[Action], list[ClientEvent]]:
+        if self._upload is None or receipt.sha256 != self._upload.offer.blob.sha256:
+            return [], []
+        self._upload = None
+        return [], [Answered(receipt)]
+
+    def _manifest(self, kind: str, manifest: Manifest) -> Publish:
+        data = encode(Envelope(self.topics.federation, self._id, manifest))
+        return Publish(self.topics.from_(self._id, kind), data, expiry_s=CHUNK_EXPIRY_S)
+
+    def _publish_status(self, status: Status) -> Publish:
+        data = encode(Envelope(self.topics.federation, self._id, status))
+        return Publish(self.topics.from_(self._id, "status"), data, retain=True)

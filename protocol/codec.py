@@ -1,0 +1,198 @@
+"""The records of messages.py as blobs, and back: safetensors, never pickle. The format at rest is the format that travels.
+
+Encoding is canonical (sorted names, no time stamps): equal records give equal bytes, so a blob's hash names its content.
+Floats of adapters and features travel as float16; what is decoded is float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from protocol.errors import WireError
+from protocol.messages import CHUNK_SIZE, Adapter, BlobRef, FloatArray, TextBank, Update
+
+Array = NDArray[Any]
+MAX_HEADER = 1024 * 1024
+INT8_STEPS = 127
+
+
+def sha256(data: bytes) -> str:
+    """Return the hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def reference(blob: bytes, chunk_size: int = CHUNK_SIZE) -> BlobRef:
+    """Return the reference by which a manifest names `blob`."""
+    return BlobRef(sha256=sha256(blob), size=len(blob), chunk_size=chunk_size)
+
+
+def encode_adapter(adapter: Adapter) -> bytes:
+    """Adapter -> blob, factors as float16."""
+    return _encode(_pack_adapter(adapter), {"type": "adapter"})
+
+
+def decode_adapter(blob: bytes) -> Adapter:
+    """Blob -> adapter in float32; raises WireError."""
+    arrays, _ = _decode(blob, "adapter")
+    return _unpack_adapter(arrays)
+
+
+def encode_bank(bank: TextBank) -> bytes:
+    """Class bank -> blob: embeddings stay float32, names and templates travel in the metadata."""
+    facts = {
+        "version": bank.version,
+        "classes": list(bank.classes),
+        "templates": list(bank.templates),
+        "logit_scale": bank.logit_scale,
+        "model": bank.model,
+        "model_digest": bank.model_digest,
+    }
+    return _encode({"embeddings": np.asarray(bank.embeddings, np.float32)}, {"type": "bank", "bank": _json(facts)})
+
+
+class _BankFacts(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: int
+    classes: list[str]
+    templates: list[str]
+    logit_scale: float
+    model: str
+    model_digest: str
+
+
+def decode_bank(blob: bytes) -> TextBank:
+    """Blob -> class bank; raises WireError if names and embeddings disagree or an embedding is not of unit length."""
+    arrays, metadata = _decode(blob, "bank")
+    try:
+        facts = _BankFacts.model_validate_json(metadata.get("bank", ""))
+    except ValidationError as error:
+        raise WireError(f"class bank with unreadable metadata: {error.errors()[0]['msg']}") from error
+    embeddings = _take(arrays, "embeddings", np.float32, 2)
+    if len(facts.classes) != len(embeddings) or not facts.classes:
+        raise WireError(f"class bank names {len(facts.classes)} classes but holds {len(embeddings)} embeddings")
+    if not np.allclose(np.linalg.norm(embeddings, axis=1), 1.0, atol=1e-3):
+        raise WireError("class bank holds embeddings that are not of unit length")
+    return TextBank(
+        facts.version,
+        tuple(facts.classes),
+        tuple(facts.templates),
+        embeddings,
+        facts.logit_scale,
+        facts.model,
+        facts.model_digest,
+    )
+
+
+def encode_update(update: Update) -> bytes:
+    """Update -> blob: factors and prototypes as float16, features as int8 with one scale a row (half a KB at 512-d)."""
+    scale = np.max(np.abs(update.features), axis=1, initial=0.0, keepdims=True) / INT8_STEPS
+    scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
+    arrays = {f"adapter.{name}": array for name, array in _pack_adapter(update.adapter).items()}
+    arrays |= {
+        "prototypes": _half(update.prototypes, "prototypes"),
+        "prototype_classes": update.prototype_classes.astype(np.int32),
+        "prototype_counts": update.prototype_counts.astype(np.int32),
+        "features": np.rint(update.features / scale).astype(np.int8),
+        "feature_scales": scale[:, 0],
+        "labels": update.labels.astype(np.int32),
+    }
+    return _encode(arrays, {"type": "update"})
+
+
+def decode_update(blob: bytes) -> Update:
+    """Blob -> update; raises WireError if the arrays do not fit each other. Values are checked by the coordinator."""
+    arrays, _ = _decode(blob, "update")
+    adapter = {name.removeprefix("adapter."): a for name, a in arrays.items() if name.startswith("adapter.")}
+    prototypes = _take(arrays, "prototypes", np.float16, 2)
+    classes = _take(arrays, "prototype_classes", np.int32, 1)
+    counts = _take(arrays, "prototype_counts", np.int32, 1)
+    features = _take(arrays, "features", np.int8, 2)
+    scales = _take(arrays, "feature_scales", np.float32, 1)
+    labels = _take(arrays, "labels", np.int32, 1)
+    if not len(prototypes) == len(classes) == len(counts) or not len(features) == len(scales) == len(labels):
+        raise WireError("update whose prototypes, counts, features and labels differ in number")
+    return Update(
+        _unpack_adapter(adapter),
+        prototypes.astype(np.float32),
+        classes,
+        counts,
+        features.astype(np.float32) * scales[:, None],
+        labels,
+    )
+
+
+def _pack_adapter(adapter: Adapter) -> dict[str, Array]:
+    return {name: _half(array, name) for name, array in adapter.items()}
+
+
+def _unpack_adapter(arrays: Mapping[str, Array]) -> Adapter:
+    for name, array in arrays.items():
+        if array.ndim != 2 or array.dtype != np.float16:
+            raise WireError(f"adapter factor {name} is {array.dtype} of {array.ndim} dimensions, expected float16 of 2")
+    return {name: arrays[name].astype(np.float32) for name in sorted(arrays)}
+
+
+def _half(array: FloatArray, name: str) -> Array:
+    """Round to float16; values that float16 cannot hold are a training failure and must not travel."""
+    limit = float(np.finfo(np.float16).max)
+    if not np.all(np.isfinite(array)) or np.any(np.abs(array) > limit):
+        raise WireError(f"{name} holds values that are not finite or exceed {limit:g}: training diverged, lower the rate")
+    return np.asarray(array).astype(np.float16)
+
+
+def _take(arrays: Mapping[str, Array], name: str, dtype: type[np.generic], ndim: int) -> Array:
+    array = arrays.get(name)
+    if array is None or array.ndim != ndim or array.dtype != dtype:
+        found = "nothing" if array is None else f"{array.dtype} of {array.ndim} dimensions"
+        raise WireError(f"{name} should be {np.dtype(dtype)} of {ndim} dimensions, found {found}")
+    return array
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _encode(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    # safetensors orders tensors by dtype and name, and writes the metadata map in the order given: sorted is canonical.
+    ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    if len(metadata) > 1:
+        # its map of several entries has no fixed order: one JSON entry has.
+        metadata = {"clipcast": _json(dict(metadata))}
+    return bytes(save(ordered, dict(metadata)))
+
+
+def _decode(blob: bytes, kind: str) -> tuple[dict[str, Array], dict[str, str]]:
+    metadata = _metadata(blob)
+    if metadata.get("type") != kind:
+        raise WireError(f"expected a blob of type {kind!r}, got {metadata.get('type')!r}")
+    try:
+        return load(blob), metadata
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise WireError(f"unreadable {kind} blob: {error}") from error
+
+
+def _metadata(blob: bytes) -> dict[str, str]:
+    """Read the header that safetensors' own loader drops: 8 bytes of length, then JSON."""
+    if len(blob) < 8:
+        raise WireError(f"blob of {len(blob)} bytes is too short to be safetensors")
+    (length,) = struct.unpack("<Q", blob[:8])
+    if length > min(MAX_HEADER, len(blob) - 8):
+        raise WireError(f"safetensors header of {length} bytes: the blob is truncated or not ours")
+    try:
+        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(metadata["clipcast"]) if "clipcast" in metadata else metadata
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise WireError("safetensors header is not JSON") from error
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WireError("safetensors metadata is not a map of strings")
+    return metadata

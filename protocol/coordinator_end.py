@@ -1,0 +1,247 @@
+"""The coordinator's end of the wire, sans-I/O: bus events and the time go in; actions and events come out.
+
+It broadcasts manifests and the blobs they point to (needs of many clients are merged, each chunk is published once),
+takes uploads from offer to whole update, and sends receipts. Whether an update is any good is not its business.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
+from protocol.client_end import CHUNK_EXPIRY_S, PACKET_MARGIN
+from protocol.codec import decode_update, encode_adapter, encode_bank, reference
+from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
+from protocol.errors import WireError
+from protocol.messages import (
+    CHUNK_SIZE,
+    MIN_CHUNK_SIZE,
+    Adapter,
+    BlobRef,
+    ClassBankManifest,
+    Manifest,
+    Need,
+    Offer,
+    Receipt,
+    RoundPlan,
+    Status,
+    TextBank,
+    Update,
+    Verdict,
+)
+from protocol.topics import Address, Topics, parse
+from protocol.transfer import Fetch, Repeat, Serve
+
+log = logging.getLogger(__name__)
+
+GATHER_S = 0.05
+UPLOAD_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class ClientSeen:
+    """A client announced itself, or its last will did."""
+
+    client: str
+    status: Status
+
+
+@dataclass(frozen=True)
+class UpdateArrived:
+    """An upload is complete and its hash is right."""
+
+    client: str
+    offer: Offer
+    update: Update
+
+
+@dataclass(frozen=True)
+class UpdateUnreadable:
+    """An upload is complete but cannot be read."""
+
+    client: str
+    offer: Offer
+    problem: str
+
+
+@dataclass(frozen=True)
+class OfferTooLarge:
+    """A client offered more bytes than an update may have; nothing was fetched."""
+
+    client: str
+    offer: Offer
+    problem: str
+
+
+@dataclass(frozen=True)
+class BrokerLink:
+    """The link to the broker came up or went down."""
+
+    up: bool
+    reason: str = ""
+
+
+CoordinatorEvent = ClientSeen | UpdateArrived | UpdateUnreadable | OfferTooLarge | BrokerLink
+
+
+@dataclass
+class _Client:
+    """What is under way with one client: at most one upload, and the last receipt."""
+
+    offer: Offer | None = None
+    fetch: Fetch | None = None
+    receipt: Receipt | None = None
+    waiting: set[str] = field(default_factory=set)
+
+
+class CoordinatorEnd:
+    """The coordinator's side of the protocol. All methods return the actions that the bus should carry out."""
+
+    def __init__(self, federation: str, rng: random.Random, max_update_bytes: int = 64 * 1024 * 1024) -> None:
+        self.topics = Topics(federation)
+        self.bytes_up: Counter[str] = Counter()
+        self._rng = rng
+        self._max_update = max_update_bytes
+        self._chunk_size = CHUNK_SIZE
+        self._retained: dict[str, Manifest] = {}
+        self._serves: dict[str, Serve] = {}
+        self._clients: dict[str, _Client] = {}
+
+    def publish_bank(self, bank: TextBank) -> tuple[BlobRef, list[Action]]:
+        """Announce a class bank, retained, and serve its blob from now on."""
+        ref = self._serve("classes", encode_bank(bank))
+        return ref, self._retain(ClassBankManifest(version=bank.version, blob=ref))
+
+    def serve_adapter(self, adapter: Adapter) -> BlobRef:
+        """Serve the global adapter of the next plan; it replaces the last one."""
+        return self._serve("round", encode_adapter(adapter))
+
+    def publish_plan(self, plan: RoundPlan) -> list[Action]:
+        """Announce a round plan, retained. Its adapter must be served already."""
+        return self._retain(plan)
+
+    def answer(self, client: str, offer: Offer, verdict: Verdict) -> list[Action]:
+        """Send the receipt for an update, and keep it to answer repeated offers."""
+        receipt = Receipt(
+            round=offer.round,
+            sha256=offer.blob.sha256,
+            accepted=verdict.accepted,
+            reason=verdict.reason,
+            detail=verdict.detail[:500],
+        )
+        state = self._clients.setdefault(client, _Client())
+        state.receipt, state.offer, state.fetch = receipt, None, None
+        return [self._to(client, receipt)]
+
+    def handle(self, event: Event, now: float) -> tuple[list[Action], list[CoordinatorEvent]]:
+        """Take in a bus event. What the protocol does not allow is logged and changes nothing."""
+        match event:
+            case Connected(max_packet=limit):
+                return self._connected(limit), [BrokerLink(up=True)]
+            case Disconnected(reason=reason):
+                return [], [BrokerLink(up=False, reason=reason)]
+            case Delivery(topic=topic, payload=payload):
+                try:
+                    return self._delivered(parse(topic), payload, now)
+                except WireError as error:
+                    log.warning("ignored a message on %s: %s", topic, error)
+                    return [], []
+
+    def tick(self, now: float, room: int) -> list[Action]:
+        """Say what is due: needs of uploads, and at most `room` chunks of broadcasts."""
+        actions: list[Action] = []
+        for client, state in self._clients.items():
+            if state.fetch is not None and (missing := state.fetch.need(now)):
+                actions.append(self._to(client, Need(sha256=state.fetch.ref.sha256, missing=missing)))
+        for serve in self._serves.values():
+            for index, data in serve.take(room, now):
+                room -= 1
+                actions.append(Publish(self.topics.blob(serve.ref.sha256, index), data, expiry_s=CHUNK_EXPIRY_S))
+        return actions
+
+    def _serve(self, slot: str, blob: bytes) -> BlobRef:
+        ref = reference(blob, self._chunk_size)
+        self._serves[slot] = Serve(blob, ref, GATHER_S)
+        return ref
+
+    def _retain(self, manifest: Manifest) -> list[Action]:
+        self._retained[manifest.kind] = manifest
+        return [self._broadcast(manifest)]
+
+    def _connected(self, max_packet: int | None) -> list[Action]:
+        if max_packet is not None:
+            self._chunk_size = max(MIN_CHUNK_SIZE, min(CHUNK_SIZE, max_packet - PACKET_MARGIN))
+        actions: list[Action] = [Subscribe(name) for name in self.topics.coordinator_filters()]
+        for state in self._clients.values():
+            if state.fetch is not None:
+                state.fetch.repeat.again()
+        return [*actions, *(self._broadcast(manifest) for manifest in self._retained.values())]
+
+    def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[CoordinatorEvent]]:
+        client = address.client
+        if address.federation != self.topics.federation or address.direction != "from" or client is None:
+            return [], []
+        self.bytes_up[client] += len(payload)
+        if address.kind == "blob":
+            assert address.sha256 is not None
+            assert address.index is not None
+            return [], self._chunk(client, address.sha256, address.index, payload, now)
+        envelope = decode(payload)
+        if (envelope.federation, envelope.sender) != (address.federation, client):
+            raise WireError(f"a manifest of {envelope.sender!r} in {envelope.federation!r} on the topic of {client!r}")
+        match address.kind:
+            case "status":
+                return [], [ClientSeen(client, expect(envelope, Status))]
+            case "need":
+                self._needed(expect(envelope, Need), now)
+                return [], []
+            case "offer":
+                return self._offered(client, expect(envelope, Offer))
+            case _:
+                raise WireError(f"clients have no business with {address.kind!r}")
+
+    def _needed(self, need: Need, now: float) -> None:
+        for serve in self._serves.values():
+            if serve.ref.sha256 == need.sha256:
+                serve.need(need.missing, now)
+                return
+        log.debug("a client asks for blob %s, which is no longer served", need.sha256[:12])
+
+    def _offered(self, client: str, offer: Offer) -> tuple[list[Action], list[CoordinatorEvent]]:
+        state = self._clients.setdefault(client, _Client())
+        if state.receipt is not None and state.receipt.sha256 == offer.blob.sha256:
+            return [self._to(client, state.receipt)], []
+        if offer.blob.size > self._max_update:
+            problem = f"{offer.blob.size} bytes exceed the {self._max_update} that an update may have"
+            return [], [OfferTooLarge(client, offer, problem)]
+        if state.offer is None or state.offer.blob != offer.blob:
+            state.fetch = Fetch(offer.blob, Repeat(self._rng), UPLOAD_WINDOW)
+        elif state.fetch is not None:
+            state.fetch.repeat.again()
+        state.offer = offer
+        return [], []
+
+    def _chunk(self, client: str, digest: str, index: int, data: bytes, now: float) -> list[CoordinatorEvent]:
+        state = self._clients.get(client)
+        if state is None or state.fetch is None or state.offer is None or state.fetch.ref.sha256 != digest:
+            return []
+        state.fetch.chunk(index, data, now)
+        blob = state.fetch.blob()
+        if blob is None:
+            return []
+        state.fetch = None
+        try:
+            return [UpdateArrived(client, state.offer, decode_update(blob))]
+        except WireError as error:
+            return [UpdateUnreadable(client, state.offer, str(error))]
+
+    def _to(self, client: str, manifest: Manifest) -> Publish:
+        data = encode(Envelope(self.topics.federation, COORDINATOR, manifest))
+        return Publish(self.topics.to(client, manifest.kind), data, expiry_s=CHUNK_EXPIRY_S)
+
+    def _broadcast(self, manifest: Manifest) -> Publish:
+        data = encode(Envelope(self.topics.federation, COORDINATOR, manifest))
+        return Publish(self.topics.broadcast(manifest.kind), data, retain=True)

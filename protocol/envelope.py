@@ -1,0 +1,93 @@
+"""Manifests as bytes, and back.
+
+An envelope is canonical JSON: `{"v", "federation", "sender", "kind", "body"}` with sorted keys and no spaces. Everything
+that a signature has to bind is inside these exact bytes, and these two functions are the only place where bytes become
+a manifest: a signing envelope (COSE_Sign1 or JWS) wraps what `encode` returns and is opened before `decode` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from protocol.errors import WireError
+from protocol.messages import ClassBankManifest, Manifest, Name, Need, Offer, Receipt, RoundPlan, Status
+
+VERSION = 1
+MAX_MANIFEST = 16 * 1024
+COORDINATOR = "coordinator"
+
+KINDS: dict[str, type[Manifest]] = {
+    manifest.kind: manifest for manifest in (ClassBankManifest, RoundPlan, Offer, Need, Receipt, Status)
+}
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+
+
+class _Frame(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    v: int
+    federation: Name
+    sender: Name
+    kind: Name
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A manifest with who says so, in which federation."""
+
+    federation: str
+    sender: str
+    manifest: Manifest
+
+
+def encode(envelope: Envelope) -> bytes:
+    """Return the exact bytes that travel; raises WireError above 16 KB."""
+    frame = {
+        "v": VERSION,
+        "federation": envelope.federation,
+        "sender": envelope.sender,
+        "kind": envelope.manifest.kind,
+        "body": envelope.manifest.model_dump(mode="json"),
+    }
+    data = json.dumps(frame, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    if len(data) > MAX_MANIFEST:
+        raise WireError(
+            f"a {envelope.manifest.kind} manifest of {len(data)} bytes exceeds {MAX_MANIFEST}: use fewer or shorter names"
+        )
+    return data
+
+
+def decode(data: bytes) -> Envelope:
+    """Read an envelope; raises WireError for anything but a well-formed one of this version."""
+    if len(data) > MAX_MANIFEST:
+        raise WireError(f"manifest of {len(data)} bytes exceeds {MAX_MANIFEST}")
+    try:
+        frame = _Frame.model_validate_json(data)
+    except ValidationError as error:
+        raise WireError(f"not an envelope: {_first(error)}") from error
+    if frame.v != VERSION:
+        raise WireError(f"envelope version {frame.v}, this side speaks {VERSION}: upgrade the older side")
+    schema = KINDS.get(frame.kind)
+    if schema is None:
+        raise WireError(f"unknown kind of manifest {frame.kind!r}")
+    try:
+        return Envelope(frame.federation, frame.sender, schema.model_validate(frame.body))
+    except ValidationError as error:
+        raise WireError(f"bad {frame.kind} manifest: {_first(error)}") from error
+
+
+def expect(envelope: Envelope, schema: type[AnyManifest]) -> AnyManifest:
+    """Return the manifest if it is a `schema`, else raise WireError."""
+    if not isinstance(envelope.manifest, schema):
+        raise WireError(f"expected a {schema.kind} manifest, got {envelope.manifest.kind}")
+    return envelope.manifest
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]

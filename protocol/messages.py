@@ -1,0 +1,193 @@
+"""The nouns that travel: frozen manifests (pydantic, JSON) and the records that their blobs hold (numpy).
+
+A manifest is at most 16 KB. Anything larger is a blob, which a manifest names by SHA-256 (`BlobRef`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+Adapter = dict[str, FloatArray]
+"""LoRA factors by layer: `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank)."""
+
+CHUNK_SIZE = 64 * 1024
+MIN_CHUNK_SIZE = 1024
+MAX_BLOB_SIZE = 256 * 1024 * 1024
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")]
+Text = Annotated[str, Field(max_length=500)]
+Count = Annotated[int, Field(ge=0, le=2**40)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+class Manifest(BaseModel):
+    """What every manifest has: it is frozen, knows its kind, and refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+
+
+class BlobRef(BaseModel):
+    """A blob by content: its hash, its size in bytes, and how it is cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: Sha256
+    size: Annotated[int, Field(ge=1, le=MAX_BLOB_SIZE)]
+    chunk_size: Annotated[int, Field(ge=MIN_CHUNK_SIZE, le=CHUNK_SIZE)] = CHUNK_SIZE
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks, the last one possibly shorter."""
+        return -(-self.size // self.chunk_size)
+
+    def length(self, index: int) -> int:
+        """Return the exact number of bytes of chunk `index`."""
+        return min(self.chunk_size, self.size - index * self.chunk_size)
+
+
+class Recipe(BaseModel):
+    """How a client trains: the LoRA shape, the optimiser, and what it may upload (method.md, steps 2 and 3)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rank: Annotated[int, Field(ge=1, le=256)] = 4
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    projections: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    first_block: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
+    local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    features_per_class: Annotated[int, Field(ge=0, le=100_000)] = 16
+
+    @model_validator(mode="after")
+    def _projections_are_a_set(self) -> Recipe:
+        if not self.projections or len(set(self.projections)) != len(self.projections):
+            raise ValueError("projections must name at least one projection, each once")
+        return self
+
+
+class ClassBankManifest(Manifest):
+    """Points to the newest class bank."""
+
+    kind: ClassVar[str] = "classes"
+    version: Count
+    blob: BlobRef
+
+
+class RoundPlan(Manifest):
+    """What a client needs to take part in a round. `classes` is the hash of the bank it must train against."""
+
+    kind: ClassVar[str] = "round"
+    round: Count
+    state: Literal["open", "finished"]
+    classes: Sha256
+    adapter: BlobRef
+    participants: tuple[Name, ...]
+    recipe: Recipe
+    seed: Count
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Offer(Manifest):
+    """A client has an update: what it is, and how the training went. The arrays are in the blob."""
+
+    kind: ClassVar[str] = "offer"
+    round: Count
+    base: Sha256
+    blob: BlobRef
+    samples: Annotated[int, Field(ge=1, le=2**40)]
+    loss: Finite
+    accuracy: Finite
+    train_seconds: Finite
+    bytes_received: Count
+
+
+class Need(Manifest):
+    """The chunks of a blob that the receiver lacks: a bitmap in hex, chunk 0 the highest bit of the first byte."""
+
+    kind: ClassVar[str] = "need"
+    sha256: Sha256
+    missing: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=8192)]
+
+
+class Receipt(Manifest):
+    """The coordinator's verdict on an update; the only meaning of "accepted"."""
+
+    kind: ClassVar[str] = "receipt"
+    round: Count
+    sha256: Sha256
+    accepted: bool
+    reason: Name
+    detail: Text = ""
+
+
+class Status(Manifest):
+    """A client's presence: retained, with an offline twin as the last will. A hint, never an input to correctness."""
+
+    kind: ClassVar[str] = "status"
+    state: Literal["online", "offline"]
+    phase: Literal["waiting", "fetching", "training", "uploading", "failed", "stopped"] = "waiting"
+    round: Count | None = None
+    profile: Name | None = None
+    bits: Literal[4, 8, 32] | None = None
+    device: Name | None = None
+    detail: Text = ""
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Class names with their unit-length text embeddings (C, D), and the scale that turns cosines into logits."""
+
+    version: int
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    embeddings: FloatArray
+    logit_scale: float
+    model: str
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client learned: adapter, unit class prototypes (P, D) with counts, unit features (F, D) with labels.
+
+    `prototype_classes`, `prototype_counts` (P,) and `labels` (F,) are indices into the class bank and counts.
+    """
+
+    adapter: Adapter
+    prototypes: FloatArray
+    prototype_classes: IntArray
+    prototype_counts: IntArray
+    features: FloatArray
+    labels: IntArray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to an update: accepted, or rejected with a reason (docs/operations.md lists them) and a sentence."""
+
+    accepted: bool
+    reason: str = "accepted"
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """An update with what its offer tells about it."""
+
+    round: int
+    base: str
+    update: Update
+    samples: int
+    loss: float
+    accuracy: float
+    train_seconds: float

@@ -1,0 +1,250 @@
+"""MqttBus: the bus over a real broker. The only file that imports paho.
+
+MQTT 5, QoS 1, clean start, no session. A thread of ours connects, and after a loss connects again with full jitter and a
+fresh paho client: nothing queued inside paho outlives a connection (its queues resend what the broker refuses), the
+transfer protocol asks again for what was lost. The broker's limits are read from CONNACK and obeyed before sending.
+paho's callbacks only enqueue.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import ssl
+import threading
+from collections import deque
+from typing import Any
+
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
+from protocol.errors import BusError
+from protocol.settings import BrokerSettings
+
+log = logging.getLogger(__name__)
+
+WINDOW = 8
+PACKET_OVERHEAD = 64
+RETRY_BASE_S = 1.0
+RETRY_CAP_S = 60.0
+FOREVER_REFUSED = ("Not authorized", "Bad user name or password", "Client identifier not valid", "Banned")
+
+
+class MqttBus:
+    """A connection to an MQTT 5 broker that heals itself. `MqttBus.open` makes one."""
+
+    def __init__(self, settings: BrokerSettings, client_id: str, will: Publish | None = None) -> None:
+        self._settings = settings
+        self._client_id = client_id
+        self._will = will
+        self._tls = _tls_context(settings)
+        self._password = settings.password_file.read_text().strip() if settings.password_file else None
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._client: Client | None = None
+        self._connected = False
+        self._taken_in = False
+        self._max_packet: int | None = None
+        self._window = WINDOW
+        self._in_flight: set[int] = set()  # touched by the user's thread alone: paho may acknowledge before publish returns
+        self._acknowledged: deque[int] = deque()
+        self._starved = False
+        self._lost = threading.Event()
+        self._settled = threading.Event()
+        self._closing = threading.Event()
+        self._trouble = "no answer"
+        self._thread = threading.Thread(target=self._stay_connected, name=f"mqtt[{client_id}]", daemon=True)
+
+    @classmethod
+    def open(cls, settings: BrokerSettings, client_id: str, will: Publish | None = None) -> MqttBus:
+        """Connect, and wait until the broker has taken us in; raises BusError with the broker's or the system's reason."""
+        try:
+            bus = cls(settings, client_id, will)
+        except (OSError, ssl.SSLError) as error:
+            raise BusError(f"broker credentials cannot be read: {error}. Check the files named under [broker]") from error
+        bus._thread.start()
+        bus._settled.wait(settings.connect_timeout_s)
+        if not bus._connected:
+            bus.close()
+            raise BusError(
+                f"cannot reach the broker at {settings.url}: {bus._trouble}. Check that it is running there and that the "
+                f"[broker] section of the settings names it; `mosquitto -v` starts one for a try"
+            )
+        return bus
+
+    def do(self, action: Action) -> None:
+        """Hand an action to the broker if connected; raises BusError if the message can never fit its limits.
+
+        While disconnected nothing is kept: after `Connected` the ends say again all that still matters.
+        """
+        if isinstance(action, Publish):
+            self._check_size(action)
+        client = self._client
+        if client is None or not self._connected:
+            return
+        match action:
+            case Publish(topic=topic, payload=payload, retain=retain, expiry_s=expiry):
+                properties = None
+                if expiry is not None:
+                    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+                    properties.MessageExpiryInterval = expiry
+                info = client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+                if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    self._in_flight.add(info.mid)
+            case Subscribe(filter=topic_filter):
+                client.subscribe(topic_filter, qos=1)
+            case Unsubscribe(filter=topic_filter):
+                client.unsubscribe(topic_filter)
+
+    def receive(self, timeout: float) -> Event | None:
+        """Return the next event, or None after `timeout` seconds or a wake."""
+        try:
+            return self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+
+    def room(self) -> int:
+        """How many more chunks fit the window of unacknowledged messages."""
+        while self._acknowledged:
+            self._in_flight.discard(self._acknowledged.popleft())
+        room = self._window - len(self._in_flight) if self._connected else 0
+        self._starved = room <= 0
+        return room
+
+    def wake(self) -> None:
+        """Make a waiting receive return."""
+        self._inbox.put(None)
+
+    def close(self, last: Publish | None = None) -> None:
+        """Send `last`, leave without the will, and stop trying."""
+        client, connected = self._client, self._connected
+        self._closing.set()
+        if client is not None and connected:
+            if last:
+                info = client.publish(last.topic, last.payload, qos=1, retain=last.retain)
+                info.wait_for_publish(2.0)
+            client.disconnect()
+        if self._thread.is_alive():
+            self._thread.join(self._settings.connect_timeout_s + 5.0)
+
+    def _check_size(self, message: Publish) -> None:
+        size = len(message.payload) + len(message.topic.encode()) + PACKET_OVERHEAD
+        if self._max_packet is not None and size > self._max_packet:
+            raise BusError(
+                f"{message.topic} needs a packet of {size} bytes, the broker at {self._settings.url} takes at most "
+                f"{self._max_packet}: raise its max_packet_size"
+            )
+
+    def _stay_connected(self) -> None:
+        """Connect, serve until the link is lost, wait, again: full jitter between 0 and a doubling bound."""
+        tries = 0
+        while not self._closing.is_set():
+            if self._serve_once():
+                tries = 0
+            if self._closing.is_set():
+                return
+            self._inbox.put(Disconnected(self._trouble))
+            if self._trouble in FOREVER_REFUSED:
+                self._settled.set()
+            bound = min(RETRY_CAP_S, RETRY_BASE_S * 2.0**tries)
+            tries += 1
+            self._closing.wait(random.uniform(0.05, bound))
+
+    def _serve_once(self) -> bool:
+        """Run one connection to its end; return whether the broker took us in."""
+        self._taken_in = False
+        client = self._make_client()
+        try:
+            client.connect(self._settings.host, self._settings.port, self._settings.keepalive_s, clean_start=True)
+        except (OSError, ssl.SSLError, ValueError) as error:
+            self._trouble = str(error) or type(error).__name__
+            log.debug("broker %s: %s", self._settings.url, self._trouble)
+            return False
+        self._lost.clear()
+        self._in_flight.clear()
+        self._acknowledged.clear()
+        self._client = client
+        client.loop_start()
+        while not self._lost.wait(1.0):
+            if self._closing.is_set() or (self._taken_in and not client.is_connected()):
+                break
+        self._connected = False
+        taken_in = self._taken_in
+        client.loop_stop()
+        self._client = None
+        return taken_in
+
+    def _make_client(self) -> Client:
+        client = Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            protocol=MQTTProtocolVersion.MQTTv5,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = 5.0
+        client.max_inflight_messages_set(self._window)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        if self._settings.username:
+            client.username_pw_set(self._settings.username, self._password)
+        if self._tls:
+            client.tls_set_context(self._tls)
+        if self._will:
+            client.will_set(self._will.topic, self._will.payload, qos=1, retain=self._will.retain)
+        return client
+
+    def _on_connect(
+        self, client: Client, _data: Any, _flags: ConnectFlags, code: ReasonCode, properties: Properties | None
+    ) -> None:
+        if code.is_failure:
+            self._trouble = str(code)
+            self._lost.set()
+            return
+        self._max_packet = getattr(properties, "MaximumPacketSize", None)
+        receive_maximum = max(1, getattr(properties, "ReceiveMaximum", WINDOW))
+        if receive_maximum < self._window:
+            # paho takes a smaller window only before it connects.
+            self._window = receive_maximum
+            self._trouble = f"the broker takes {receive_maximum} unacknowledged messages, connecting anew with that"
+            client.disconnect()
+            return
+        if not getattr(properties, "RetainAvailable", 1):
+            log.warning("broker %s keeps no retained messages: clients that join late will wait", self._settings.url)
+        self._connected = self._taken_in = True
+        self._inbox.put(Connected(self._max_packet))
+        self._settled.set()
+
+    def _on_disconnect(
+        self, _client: Client, _data: Any, _flags: DisconnectFlags, code: ReasonCode, _properties: Properties | None
+    ) -> None:
+        self._connected = False
+        if code.is_failure:
+            self._trouble = str(code)
+        self._lost.set()
+
+    def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
+        self._inbox.put(Delivery(message.topic, bytes(message.payload)))
+
+    def _on_publish(self, _client: Client, _data: Any, mid: int, code: ReasonCode, _properties: Properties) -> None:
+        self._acknowledged.append(mid)
+        if code.is_failure:
+            log.warning("broker %s refused a message: %s. Check its access rules", self._settings.url, code)
+        if self._starved:
+            self._starved = False
+            self._inbox.put(None)
+
+
+def _tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
+    if not settings.tls:
+        return None
+    context = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.cert_file:
+        context.load_cert_chain(settings.cert_file, settings.key_file)
+    return context

@@ -1,0 +1,95 @@
+"""TOML settings, read strictly: an unknown key is an error that names it. And the broker section that both sides share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Settings = TypeVar("Settings", bound=BaseModel)
+PORTS = {"mqtt": 1883, "mqtts": 8883}
+
+
+class SettingsError(ValueError):
+    """A settings file that cannot be read; the message says where, what, and what to do."""
+
+
+class BrokerSettings(BaseModel):
+    """Where the broker is and how to be let in. `mqtts://` means TLS; `ca_file` is needed for a private authority."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    url: str = "mqtt://localhost:1883"
+    username: str | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 20.0
+
+    @field_validator("url")
+    @classmethod
+    def _url_has_scheme_and_host(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in PORTS or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError(f"{url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+        return url
+
+    @model_validator(mode="after")
+    def _certificates_need_tls(self) -> BrokerSettings:
+        if (self.ca_file or self.cert_file) and not self.tls:
+            raise ValueError("ca_file and cert_file have no effect on mqtt://: write mqtts:// in url")
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file go together")
+        return self
+
+    @property
+    def tls(self) -> bool:
+        """Whether the link is encrypted."""
+        return urlsplit(self.url).scheme == "mqtts"
+
+    @property
+    def host(self) -> str:
+        """The broker's host name or address."""
+        return urlsplit(self.url).hostname or "localhost"
+
+    @property
+    def port(self) -> int:
+        """The broker's TCP port."""
+        parts = urlsplit(self.url)
+        return parts.port or PORTS[parts.scheme]
+
+
+def load_settings(path: Path, schema: type[Settings], command: str) -> Settings:
+    """Read `path` as `schema`. Relative paths inside are relative to the file. `command` is what would make a new one.
+
+    Raises SettingsError with every problem found, one a line.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: no such file. `{command}` writes one to start from.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
+    try:
+        return schema.model_validate(data, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        lines = [_explain(problem["loc"], problem["msg"], problem["type"]) for problem in error.errors()]
+        raise SettingsError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:
+    key = ".".join(str(part) for part in location) or "file"
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}: remove it or correct its spelling"
+    if kind == "missing":
+        return f"key {key!r} is missing"
+    return f"{key}: {message.removeprefix('Value error, ')}"

@@ -1,0 +1,128 @@
+"""Every MQTT topic of clipcast, as functions and one parser; nobody else writes a slash.
+
+clipcast/1/<federation>/classes                        retained  newest class bank
+clipcast/1/<federation>/round                          retained  newest round plan
+clipcast/1/<federation>/blob/<sha256>/<i>              chunk of a broadcast blob
+clipcast/1/<federation>/to/<id>/<kind>                 coordinator to one client
+clipcast/1/<federation>/from/<id>/<kind>               one client to the coordinator
+clipcast/1/<federation>/from/<id>/blob/<sha256>/<i>    chunk of an upload
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from protocol.errors import WireError
+
+ROOT = "clipcast"
+VERSION = "1"
+NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
+SHA256 = re.compile(r"^[0-9a-f]{64}$")
+MAX_CHUNK_INDEX = 99_999
+
+Direction = Literal["all", "to", "from"]
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a topic says: who talks to whom about what. `client` is None for a broadcast."""
+
+    federation: str
+    direction: Direction
+    kind: str
+    client: str | None = None
+    sha256: str | None = None
+    index: int | None = None
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name` if it may be one level of a topic, else raise WireError."""
+    if not NAME.match(name):
+        message = (
+            f"{what} {name!r} cannot be used in a topic: 1 to 64 letters, digits, '-', '_' or '.', not starting with a sign"
+        )
+        raise WireError(message)
+    return name
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topics of one federation."""
+
+    federation: str
+
+    def __post_init__(self) -> None:
+        check_name(self.federation, "federation")
+
+    @property
+    def _base(self) -> str:
+        return f"{ROOT}/{VERSION}/{self.federation}"
+
+    def broadcast(self, kind: str) -> str:
+        """Return the retained topic of a broadcast manifest, e.g. kind "round"."""
+        return f"{self._base}/{kind}"
+
+    def blob(self, sha256: str, index: int) -> str:
+        """Return the topic of chunk `index` of a broadcast blob."""
+        return f"{self._base}/blob/{sha256}/{index}"
+
+    def to(self, client: str, kind: str) -> str:
+        """Return the topic on which the coordinator talks to one client."""
+        return f"{self._base}/to/{check_name(client, 'client id')}/{kind}"
+
+    def from_(self, client: str, kind: str) -> str:
+        """Return the topic on which one client talks to the coordinator."""
+        return f"{self._base}/from/{check_name(client, 'client id')}/{kind}"
+
+    def upload(self, client: str, sha256: str, index: int) -> str:
+        """Return the topic of chunk `index` of a client's upload."""
+        return f"{self._base}/from/{check_name(client, 'client id')}/blob/{sha256}/{index}"
+
+    def blob_filter(self, sha256: str) -> str:
+        """Return the filter for all chunks of one broadcast blob."""
+        return f"{self._base}/blob/{sha256}/+"
+
+    def client_filters(self, client: str) -> tuple[str, ...]:
+        """Return what a client listens to besides the blobs it is fetching."""
+        return (self.to(client, "+"), self.broadcast("classes"), self.broadcast("round"))
+
+    def coordinator_filters(self) -> tuple[str, ...]:
+        """Return what the coordinator listens to: all clients' manifests and chunks."""
+        return (f"{self._base}/from/+/+", f"{self._base}/from/+/blob/+/+")
+
+    def status_filter(self) -> str:
+        """Return the filter for every client's retained status."""
+        return f"{self._base}/from/+/status"
+
+
+def parse(topic: str) -> Address:
+    """Read a topic back into its parts, or raise WireError."""
+    parts = topic.split("/")
+    if len(parts) < 4 or parts[0] != ROOT or parts[1] != VERSION or not NAME.match(parts[2]):
+        raise WireError(f"not a clipcast/{VERSION} topic: {topic[:120]!r}")
+    address = _parse_rest(parts[2], parts[3:])
+    if address is None:
+        raise WireError(f"no such topic: {topic[:120]!r}")
+    return address
+
+
+def _parse_rest(federation: str, rest: list[str]) -> Address | None:
+    match rest:
+        case [("classes" | "round" | "release") as kind]:
+            return Address(federation, "all", kind)
+        case ["blob", sha256, index] if _is_chunk(sha256, index):
+            return Address(federation, "all", "blob", None, sha256, int(index))
+        case [("to" | "from") as direction, client, kind] if NAME.match(client) and NAME.match(kind) and kind != "blob":
+            return Address(federation, "to" if direction == "to" else "from", kind, client)
+        case ["from", client, "blob", sha256, index] if NAME.match(client) and _is_chunk(sha256, index):
+            return Address(federation, "from", "blob", client, sha256, int(index))
+        case _:
+            return None
+
+
+def _is_chunk(sha256: str, index: str) -> bool:
+    return (
+        bool(SHA256.match(sha256)) and index.isascii() and index.isdigit() and len(index) <= 5 and str(int(index)) == index
+    )

@@ -1,0 +1,146 @@
+"""The one transfer protocol: offer -> need -> chunks -> receipt. Sans-I/O: events and the time go in, decisions come out.
+
+`Fetch` is the receiving side of one blob, `Serve` the sending side, `Repeat` the clock by which an unanswered message is
+sent again (full jitter, so that a fleet does not speak in chorus). Chunks may arrive twice, late, in any order or never.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from protocol.codec import sha256
+from protocol.errors import WireError
+from protocol.messages import BlobRef
+
+UNLIMITED = 1 << 30
+
+
+def to_bitmap(indices: set[int], chunks: int) -> str:
+    """Set of chunk indices -> hex bitmap, chunk 0 the highest bit of the first byte."""
+    bits = bytearray(-(-chunks // 8))
+    for index in indices:
+        bits[index // 8] |= 0x80 >> (index % 8)
+    return bits.hex()
+
+
+def from_bitmap(bitmap: str, chunks: int) -> set[int]:
+    """Hex bitmap -> set of chunk indices; raises WireError if it is not one of `chunks` bits."""
+    bits = bytes.fromhex(bitmap)
+    if len(bits) != -(-chunks // 8):
+        raise WireError(f"a bitmap of {len(bits)} bytes for {chunks} chunks")
+    indices = {i for i in range(len(bits) * 8) if bits[i // 8] & (0x80 >> (i % 8))}
+    if any(index >= chunks for index in indices):
+        raise WireError(f"a bitmap that asks for more than {chunks} chunks")
+    return indices
+
+
+@dataclass
+class Repeat:
+    """When to say it again: `due(now)` is true at first, then after `base` s, doubling up to `cap`, each jittered."""
+
+    rng: random.Random
+    base: float = 1.0
+    cap: float = 30.0
+    _tries: int = 0
+    _next: float = 0.0
+
+    def due(self, now: float) -> bool:
+        """Tell whether to speak now, and if so schedule the next time."""
+        if now < self._next:
+            return False
+        span = min(self.cap, self.base * 2.0**self._tries)
+        self._tries += 1
+        self._next = now + span * (0.5 + 0.5 * self.rng.random())
+        return True
+
+    def again(self) -> None:
+        """Speak at the next opportunity: the other side may have been away."""
+        self._tries, self._next = 0, 0.0
+
+    def answered(self, now: float) -> None:
+        """Progress was made: wait a full interval before asking again."""
+        self._tries = 0
+        self._next = now + self.base
+
+
+@dataclass
+class Fetch:
+    """The receiving side of one blob: what has arrived, what to ask for, and the whole once it is proven.
+
+    At most `window` chunks are asked for at a time, which bounds what is under way.
+    """
+
+    ref: BlobRef
+    repeat: Repeat
+    window: int = UNLIMITED
+    _chunks: dict[int, bytes] = field(default_factory=dict)
+    _asked: set[int] = field(default_factory=set)
+
+    def chunk(self, index: int, data: bytes, now: float) -> None:
+        """Take in one chunk; raises WireError if it cannot belong to this blob. A duplicate changes nothing."""
+        if index >= self.ref.chunks or len(data) != self.ref.length(index):
+            raise WireError(
+                f"chunk {index} of {len(data)} bytes does not belong to a blob of "
+                f"{self.ref.chunks} chunks of {self.ref.chunk_size} bytes, {self.ref.size} in all"
+            )
+        if index not in self._chunks:
+            self._chunks[index] = data
+            self._asked.discard(index)
+            self.repeat.answered(now)
+            if not self._asked:
+                self.repeat.again()
+
+    def need(self, now: float) -> str | None:
+        """Return the bitmap to ask for now, or None while an answer is awaited or nothing is missing."""
+        missing = [index for index in range(self.ref.chunks) if index not in self._chunks]
+        if not missing or not self.repeat.due(now):
+            return None
+        self._asked = set(missing[: self.window])
+        return to_bitmap(self._asked, self.ref.chunks)
+
+    def blob(self) -> bytes | None:
+        """Return the whole blob once complete; raises WireError, and starts over, if its hash is wrong."""
+        if len(self._chunks) < self.ref.chunks:
+            return None
+        whole = b"".join(self._chunks[index] for index in range(self.ref.chunks))
+        if sha256(whole) != self.ref.sha256:
+            self._chunks.clear()
+            self.repeat.again()
+            raise WireError(f"blob {self.ref.sha256[:12]} arrived damaged: wrong hash, asking for it again")
+        return whole
+
+
+@dataclass
+class Serve:
+    """The sending side of one blob: needs are merged, and each wanted chunk is given out once, lowest first.
+
+    After a first need it waits `gather` seconds for others, because a broadcast chunk serves all who asked by then.
+    """
+
+    blob: bytes
+    ref: BlobRef
+    gather: float = 0.0
+    _wanted: set[int] = field(default_factory=set)
+    _ready: float = 0.0
+
+    def need(self, bitmap: str, now: float) -> None:
+        """Take in one receiver's need; raises WireError for a bitmap of another size."""
+        wanted = from_bitmap(bitmap, self.ref.chunks)
+        if wanted and not self._wanted:
+            self._ready = now + self.gather
+        self._wanted |= wanted
+
+    def take(self, room: int, now: float) -> list[tuple[int, bytes]]:
+        """Return at most `room` chunks to send now."""
+        if now < self._ready:
+            return []
+        taken = sorted(self._wanted)[: max(room, 0)]
+        self._wanted.difference_update(taken)
+        size = self.ref.chunk_size
+        return [(index, self.blob[index * size : (index + 1) * size]) for index in taken]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether chunks wait to be sent."""
+        return bool(self._wanted)
