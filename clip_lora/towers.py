@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,6 @@ from clip_lora.errors import ModelError
 TINY_CLIP = "tiny-clip"
 BITS = (4, 8, 32)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-# bitsandbytes logs, at every process start, that an optional fused kernel is not there.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

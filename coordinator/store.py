@@ -94,9 +94,14 @@ class Store:
         """Return where the adapter after round `number` is kept."""
         return self.folder / f"adapter-{number:04d}.safetensors"
 
+    @property
+    def bank_path(self) -> Path:
+        """Where the class bank is kept."""
+        return self.folder / BANK
+
     def save_bank(self, bank: TextBank) -> None:
         """Keep the class bank."""
-        write_atomic(self.folder / BANK, encode_bank(bank))
+        write_atomic(self.bank_path, encode_bank(bank))
 
     def save_adapter(self, number: int, adapter: Adapter) -> tuple[str, str]:
         """Keep the adapter after round `number`; return its file name and SHA-256."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,7 +10,7 @@ from edge_client.participation import Announce, Participation, Send, Step, Train
 from edge_client.train import Trainer
 from protocol.client_end import ClientEnd, ClientEvent
 from protocol.link import Link
-from protocol.messages import Status, TrainingResult
+from protocol.messages import TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +62,3 @@ def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd) -> Non
                 link.do(end.announce(status))
             case Train():
                 pass
-
-
-def new_client(federation: str, client_id: str, status: Status, seed: int | None = None) -> tuple[ClientEnd, Participation]:
-    """Return a client's two plain objects: its end of the wire and its part in the federation."""
-    end = ClientEnd(federation, client_id, random.Random(seed))
-    end.announce(status)
-    return end, Participation(client_id, status)

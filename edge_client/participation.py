@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.client_end import Answered, ClientEvent, LinkChanged, PlanReady
+from protocol.client_end import Answered, ClientEvent, Finished, LinkChanged, PlanReady
 from protocol.messages import Status, TrainingResult
 
 
@@ -52,6 +52,9 @@ class Participation:
         match event:
             case PlanReady():
                 return self._planned(event)
+            case Finished(plan=plan):
+                self._current = None
+                return [Withdraw(), self._announce("waiting", plan.round, "federation finished")]
             case Answered(receipt=receipt):
                 self._answered = (receipt.round, self._base())
                 verdict = "accepted" if receipt.accepted else f"rejected: {receipt.reason} {receipt.detail}".strip()
@@ -63,7 +66,7 @@ class Participation:
         """Take in a finished training: it is sent if its round is still the current one."""
         self._training = None
         plan = self._current.plan if self._current else None
-        if plan is None or (plan.round, plan.adapter.sha256) != (result.round, result.base) or plan.state != "open":
+        if plan is None or (plan.round, plan.adapter.sha256) != (result.round, result.base):
             return self._planned(self._current) if self._current else []
         return [Send(result), self._announce("uploading", result.round)]
 
@@ -77,8 +80,6 @@ class Participation:
         self._current = ready
         plan = ready.plan
         steps: list[Step] = [Withdraw()]
-        if plan.state == "finished":
-            return [*steps, self._announce("waiting", plan.round, "federation finished")]
         if self._id not in plan.participants:
             return [*steps, self._announce("waiting", plan.round, "not drawn for this round")]
         if self._answered == (plan.round, plan.adapter.sha256) or self._training is not None:

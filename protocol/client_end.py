@@ -51,6 +51,13 @@ class PlanReady:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """The federation is over; its last adapter need not be fetched."""
+
+    plan: RoundPlan
+
+
+@dataclass(frozen=True)
 class Answered:
     """The coordinator's verdict on our update."""
 
@@ -65,7 +72,7 @@ class LinkChanged:
     reason: str = ""
 
 
-ClientEvent = PlanReady | Answered | LinkChanged
+ClientEvent = PlanReady | Finished | Answered | LinkChanged
 
 
 @dataclass
@@ -215,6 +222,8 @@ class ClientEnd:
 
     def _round(self, plan: RoundPlan) -> tuple[list[Action], list[ClientEvent]]:
         self._plan = plan
+        if plan.state == "finished":
+            return [], [Finished(plan)]
         if self._adapter is not None and self._adapter.ref.sha256 == plan.adapter.sha256:
             return [], self._ready()
         actions = self._stop_fetching(self._adapter)
@@ -240,7 +249,14 @@ class ClientEnd:
     def _ready(self) -> list[ClientEvent]:
         """Report the plan once, when all that it names is here."""
         plan, bank, adapter = self._plan, self._bank, self._adapter
-        if plan is None or bank is None or adapter is None or bank.record is None or adapter.record is None:
+        if (
+            plan is None
+            or plan.state != "open"
+            or bank is None
+            or adapter is None
+            or bank.record is None
+            or adapter.record is None
+        ):
             return []
         if plan == self._announced or bank.ref.sha256 != plan.classes or adapter.ref.sha256 != plan.adapter.sha256:
             return []

@@ -1,0 +1,5 @@
+"""`python -m clipcast` is `clipcast`."""
+
+from clipcast.cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""What a demo run is, checked before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protocol.messages import Recipe
+from protocol.settings import BrokerSettings, SettingsError
+
+FEDERATION = "demo"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """One run of the demo."""
+
+    clients: int
+    rounds: int
+    bits: Literal[4, 8]
+    data: str
+    partition: str
+    seed: int
+    out: Path
+    broker: str | None
+    recipe: Recipe
+
+    @classmethod
+    def checked(
+        cls, clients: int, rounds: int, bits: int, data: str, partition: str, seed: int, out: Path, broker: str | None
+    ) -> DemoSettings:
+        """Return the settings; raises SettingsError for what cannot work."""
+        from clipcast.demo.partition import parse_partition
+
+        parse_partition(partition)
+        if broker is not None:
+            try:
+                BrokerSettings(url=broker)
+            except ValueError as error:
+                raise SettingsError(f"--broker {broker!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]") from error
+        if bits == 4:
+            return cls(clients, rounds, 4, data, partition, seed, out.absolute(), broker, Recipe())
+        if bits == 8:
+            return cls(clients, rounds, 8, data, partition, seed, out.absolute(), broker, Recipe())
+        raise SettingsError(f"--bits {bits}: choose 4 or 8")

@@ -1,0 +1,29 @@
+"""What a command's exit code means (docs/operations.md): one code for each kind of failure that a user can mend."""
+
+from __future__ import annotations
+
+SUCCESS, BUG, USAGE = 0, 1, 2
+SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING = 3, 4, 5, 6, 7, 8, 9, 10, 11
+INTERRUPTED = 130
+
+# By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
+CODES = {
+    "protocol.settings.SettingsError": SETTINGS,
+    "protocol.errors.WireError": SETTINGS,
+    "protocol.errors.BusError": BROKER,
+    "clip_lora.errors.ModelError": MODEL,
+    "edge_client.train.BankMismatchError": MODEL,
+    "edge_client.errors.DataError": DATA,
+    "coordinator.errors.FederationError": FEDERATION,
+    "export.errors.ExportError": EXPORT,
+    "edge_client.errors.InferenceError": INFERENCE,
+    "hardware_profiles.profile.ProfileError": PROFILE,
+}
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code for an error; 1 for one that is a bug of ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return MISSING
+    kind = type(error)
+    return CODES.get(f"{kind.__module__}.{kind.__qualname__}", BUG)

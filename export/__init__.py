@@ -1,0 +1,1 @@
+"""The artefact: adapter -> merged weights -> ONNX -> proof. Never imports MQTT."""

@@ -1,0 +1,120 @@
+"""The ONNX graphs around the encoder: preprocessing before it, class probabilities after it.
+
+Together with the encoder they make one file that takes pictures of any size and answers with probabilities, so that a
+device needs onnxruntime and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from clip_lora.preprocess import Preprocessing
+from export.errors import ExportError
+from protocol.messages import FloatArray
+
+OPSET = 18
+IMAGES, PIXELS, EMBEDS, PROBABILITIES = "images", "pixel_values", "image_embeds", "probabilities"
+CLASS_EMBEDDINGS = "class_embeddings"
+
+
+def preprocessing_graph(preprocessing: Preprocessing, ir_version: int) -> onnx.ModelProto:
+    """Return images uint8 (batch, height, width, 3) -> pixel_values float32 (batch, 3, crop, crop).
+
+    As CLIP's processor does it: short side to `short_side` by antialiased bicubic interpolation (a = -0.5, weights
+    renormalised at the border, result rounded to whole grey levels), centre crop, then (x / 255 - mean) / std.
+    """
+    if preprocessing.crop > preprocessing.short_side:
+        raise ExportError(f"cannot crop {preprocessing.crop} from a short side of {preprocessing.short_side} pixels")
+    constants: dict[str, Any] = {
+        "short": np.array([preprocessing.short_side], np.int64),
+        "crop": np.array([preprocessing.crop, preprocessing.crop], np.int64),
+        "two": np.array([2], np.int64),
+        "hw": np.array([2, 3], np.int64),
+        "zero": np.array(0.0, np.float32),
+        "white": np.array(255.0, np.float32),
+        "mean": np.array(preprocessing.mean, np.float32).reshape(1, 3, 1, 1) * 255.0,
+        "scale": np.array(preprocessing.std, np.float32).reshape(1, 3, 1, 1) * 255.0,
+    }
+    nodes = [
+        helper.make_node("Cast", [IMAGES], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], perm=[0, 3, 1, 2]),
+        # New sides: floor(side * short_side / short), which is transformers' rounding and not Resize's own.
+        helper.make_node("Shape", ["nchw"], ["sides"], start=2, end=4),
+        helper.make_node("ReduceMin", ["sides"], ["shortest"], keepdims=1),
+        helper.make_node("Mul", ["sides", "short"], ["scaled"]),
+        helper.make_node("Div", ["scaled", "shortest"], ["new_sides"]),
+        helper.make_node(
+            "Resize",
+            ["nchw", "", "", "new_sides"],
+            ["resized"],
+            axes=[2, 3],
+            mode="cubic",
+            antialias=1,
+            cubic_coeff_a=-0.5,
+            exclude_outside=1,
+            coordinate_transformation_mode="half_pixel",
+        ),
+        helper.make_node("Round", ["resized"], ["whole"]),
+        helper.make_node("Clip", ["whole", "zero", "white"], ["grey"]),
+        helper.make_node("Sub", ["new_sides", "crop"], ["spare"]),
+        helper.make_node("Div", ["spare", "two"], ["from"]),
+        helper.make_node("Add", ["from", "crop"], ["to"]),
+        helper.make_node("Slice", ["grey", "from", "to", "hw"], ["cropped"]),
+        helper.make_node("Sub", ["cropped", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "scale"], [PIXELS]),
+    ]
+    side = preprocessing.crop
+    return _model(
+        helper.make_graph(
+            nodes,
+            "preprocessing",
+            [helper.make_tensor_value_info(IMAGES, TensorProto.UINT8, ["batch", "height", "width", 3])],
+            [helper.make_tensor_value_info(PIXELS, TensorProto.FLOAT, ["batch", 3, side, side])],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        ir_version,
+    )
+
+
+def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int) -> onnx.ModelProto:
+    """Return embeds (batch, D) of unit length -> softmax over classes of logit_scale * embeds . t_c; t_c (C, D)."""
+    classes, width = embeddings.shape
+    nodes = [
+        helper.make_node("Transpose", [CLASS_EMBEDDINGS], ["columns"], perm=[1, 0]),
+        helper.make_node("MatMul", ["embeds_in", "columns"], ["cosines"]),
+        helper.make_node("Mul", ["cosines", "logit_scale"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], [PROBABILITIES], axis=-1),
+        helper.make_node("Identity", ["embeds_in"], [EMBEDS]),
+    ]
+    return _model(
+        helper.make_graph(
+            nodes,
+            "classifier",
+            [helper.make_tensor_value_info("embeds_in", TensorProto.FLOAT, ["batch", width])],
+            [
+                helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, ["batch", classes]),
+                helper.make_tensor_value_info(EMBEDS, TensorProto.FLOAT, ["batch", width]),
+            ],
+            [
+                numpy_helper.from_array(embeddings.astype(np.float32), CLASS_EMBEDDINGS),
+                numpy_helper.from_array(np.array(logit_scale, np.float32), "logit_scale"),
+            ],
+        ),
+        ir_version,
+    )
+
+
+def join(preprocessing: onnx.ModelProto, encoder: onnx.ModelProto, classifier: onnx.ModelProto) -> onnx.ModelProto:
+    """Chain the three graphs into one."""
+    embeds = encoder.graph.output[0].name
+    prefixed = onnx.compose.add_prefix(preprocessing, "pre/", rename_inputs=False, rename_outputs=False)
+    model = onnx.compose.merge_models(prefixed, encoder, io_map=[(PIXELS, encoder.graph.input[0].name)])
+    return onnx.compose.merge_models(model, classifier, io_map=[(embeds, "embeds_in")])
+
+
+def _model(graph: onnx.GraphProto, ir_version: int) -> onnx.ModelProto:
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=ir_version)

@@ -1,0 +1,38 @@
+"""Watches a federation without taking part: every client's retained status."""
+
+from __future__ import annotations
+
+import logging
+
+from protocol.bus import Action, Connected, Delivery, Event, Subscribe
+from protocol.coordinator_end import ClientSeen
+from protocol.envelope import decode, expect
+from protocol.errors import WireError
+from protocol.messages import Status
+from protocol.topics import Topics, parse
+
+log = logging.getLogger(__name__)
+
+
+class Observer:
+    """An end that only listens."""
+
+    def __init__(self, federation: str) -> None:
+        self._topics = Topics(federation)
+
+    def handle(self, event: Event, _now: float) -> tuple[list[Action], list[ClientSeen]]:
+        """Report each status that comes in."""
+        if isinstance(event, Connected):
+            return [Subscribe(self._topics.status_filter())], []
+        if isinstance(event, Delivery):
+            try:
+                client = parse(event.topic).client
+                if client is not None:
+                    return [], [ClientSeen(client, expect(decode(event.payload), Status))]
+            except WireError as error:
+                log.warning("ignored a message on %s: %s", event.topic, error)
+        return [], []
+
+    def tick(self, _now: float, _room: int) -> list[Action]:
+        """Nothing is ever due."""
+        return []
