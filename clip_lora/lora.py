@@ -15,6 +15,20 @@ from torch import nn
 from clip_lora.algebra import Adapter, delta, layers
 from clip_lora.errors import ModelError
 
+__all__ = [
+    "LoraShape",
+    "PeftModel",
+    "Shapes",
+    "adapter_shapes",
+    "adapter_state",
+    "attach",
+    "check_shapes",
+    "initial_adapter",
+    "load_adapter",
+    "merge",
+    "scale",
+]
+
 PEFT_PREFIX = "base_model.model."
 Shapes = dict[str, tuple[int, int]]
 

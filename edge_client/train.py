@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 
-from clip_lora.lora import adapter_state, attach, load_adapter
+from clip_lora.lora import PeftModel, adapter_state, attach, load_adapter
 from clip_lora.preprocess import Preprocessing, load_preprocessing
 from clip_lora.towers import load_config, load_image_tower, model_facts
 from edge_client.data import Dataset, open_dataset

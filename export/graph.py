@@ -24,8 +24,8 @@ CLASS_EMBEDDINGS = "class_embeddings"
 def preprocessing_graph(preprocessing: Preprocessing, ir_version: int) -> onnx.ModelProto:
     """Return images uint8 (batch, height, width, 3) -> pixel_values float32 (batch, 3, crop, crop).
 
-    As CLIP's processor does it: short side to `short_side` by antialiased bicubic interpolation (a = -0.5, weights
-    renormalised at the border, result rounded to whole grey levels), centre crop, then (x / 255 - mean) / std.
+    As CLIP's processor does it with Pillow: short side to `short_side` by antialiased bicubic interpolation, the width
+    first and then the height, each rounded to whole grey levels; centre crop; then (x / 255 - mean) / std.
     """
     if preprocessing.crop > preprocessing.short_side:
         raise ExportError(f"cannot crop {preprocessing.crop} from a short side of {preprocessing.short_side} pixels")
@@ -47,23 +47,13 @@ def preprocessing_graph(preprocessing: Preprocessing, ir_version: int) -> onnx.M
         helper.make_node("ReduceMin", ["sides"], ["shortest"], keepdims=1),
         helper.make_node("Mul", ["sides", "short"], ["scaled"]),
         helper.make_node("Div", ["scaled", "shortest"], ["new_sides"]),
-        helper.make_node(
-            "Resize",
-            ["nchw", "", "", "new_sides"],
-            ["resized"],
-            axes=[2, 3],
-            mode="cubic",
-            antialias=1,
-            cubic_coeff_a=-0.5,
-            exclude_outside=1,
-            coordinate_transformation_mode="half_pixel",
-        ),
-        helper.make_node("Round", ["resized"], ["whole"]),
-        helper.make_node("Clip", ["whole", "zero", "white"], ["grey"]),
+        helper.make_node("Split", ["new_sides"], ["new_height", "new_width"], num_outputs=2),
+        *_resize("nchw", "new_width", axis=3, out="wide"),
+        *_resize("wide", "new_height", axis=2, out="resized"),
         helper.make_node("Sub", ["new_sides", "crop"], ["spare"]),
         helper.make_node("Div", ["spare", "two"], ["from"]),
         helper.make_node("Add", ["from", "crop"], ["to"]),
-        helper.make_node("Slice", ["grey", "from", "to", "hw"], ["cropped"]),
+        helper.make_node("Slice", ["resized", "from", "to", "hw"], ["cropped"]),
         helper.make_node("Sub", ["cropped", "mean"], ["centred"]),
         helper.make_node("Div", ["centred", "scale"], [PIXELS]),
     ]
@@ -78,6 +68,29 @@ def preprocessing_graph(preprocessing: Preprocessing, ir_version: int) -> onnx.M
         ),
         ir_version,
     )
+
+
+def _resize(source: str, size: str, *, axis: int, out: str) -> list[onnx.NodeProto]:
+    """Return the nodes of one of Pillow's two passes.
+
+    Pillow's bicubic has a = -0.5 and renormalises its weights at the border. It clips between the passes as well: with
+    both in one Resize, the overshoot at sharp edges cost 0.008 of cosine on 8x8 pictures.
+    """
+    return [
+        helper.make_node(
+            "Resize",
+            [source, "", "", size],
+            [f"{out}_exact"],
+            axes=[axis],
+            mode="cubic",
+            antialias=1,
+            cubic_coeff_a=-0.5,
+            exclude_outside=1,
+            coordinate_transformation_mode="half_pixel",
+        ),
+        helper.make_node("Round", [f"{out}_exact"], [f"{out}_whole"]),
+        helper.make_node("Clip", [f"{out}_whole", "zero", "white"], [out]),
+    ]
 
 
 def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int) -> onnx.ModelProto:

@@ -63,7 +63,7 @@ class Recipe(BaseModel):
     projections: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     first_block: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
-    local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 15
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     features_per_class: Annotated[int, Field(ge=0, le=100_000)] = 16
