@@ -269,7 +269,8 @@ class ClientEnd:
             self._upload.serve.need(need.missing, now)
 
     def _receipt(self, receipt: Receipt) -> tuple[list[Action], list[ClientEvent]]:
-        if self._upload is None or receipt.sha256 != self._upload.offer.blob.sha256:
+        offer = self._upload.offer if self._upload else None
+        if offer is None or (receipt.round, receipt.sha256) != (offer.round, offer.blob.sha256):
             return [], []
         self._upload = None
         return [], [Answered(receipt)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.client_end import CHUNK_EXPIRY_S, PACKET_MARGIN
@@ -94,7 +94,6 @@ class _Client:
     offer: Offer | None = None
     fetch: Fetch | None = None
     receipt: Receipt | None = None
-    waiting: set[str] = field(default_factory=set)
 
 
 class CoordinatorEnd:
@@ -212,12 +211,13 @@ class CoordinatorEnd:
 
     def _offered(self, client: str, offer: Offer) -> tuple[list[Action], list[CoordinatorEvent]]:
         state = self._clients.setdefault(client, _Client())
-        if state.receipt is not None and state.receipt.sha256 == offer.blob.sha256:
-            return [self._to(client, state.receipt)], []
+        answered = state.receipt
+        if answered is not None and (answered.round, answered.sha256) == (offer.round, offer.blob.sha256):
+            return [self._to(client, answered)], []
         if offer.blob.size > self._max_update:
             problem = f"{offer.blob.size} bytes exceed the {self._max_update} that an update may have"
             return [], [OfferTooLarge(client, offer, problem)]
-        if state.offer is None or state.offer.blob != offer.blob:
+        if state.offer is None or (state.offer.round, state.offer.blob) != (offer.round, offer.blob):
             state.fetch = Fetch(offer.blob, Repeat(self._rng), UPLOAD_WINDOW)
         elif state.fetch is not None:
             state.fetch.repeat.again()

@@ -1,0 +1,40 @@
+# clipcast: `make demo` shows it, `make test` proves it. Both make .venv first; nothing but Python 3.10+ is needed.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo  ## run the whole system on this machine, e.g. make demo ARGS="--clients 2 --rounds 3"
+	$(BIN)/clipcast demo $(ARGS)
+
+test: $(VENV)/.dev  ## everything that needs no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## what a contributor runs before a commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(VENV)/.dev  ## the figures that README.md quotes
+	$(BIN)/python benchmarks/round_overhead.py
+	$(BIN)/python benchmarks/startup.py
+
+# Torch first and alone: on a machine with a build of its own for this version, pip takes that one.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) clipcast-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
