@@ -12,7 +12,7 @@ from protocol.bus import Action, Bus, Event
 EventOut = TypeVar("EventOut", covariant=True)
 Out = TypeVar("Out")
 
-TICK_S = 0.1
+TICK_S = 0.02
 
 
 class End(Protocol[EventOut]):

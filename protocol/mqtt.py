@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import socket
 import ssl
 import threading
 from collections import deque
@@ -187,6 +188,7 @@ class MqttBus:
         )
         client.connect_timeout = 5.0
         client.max_inflight_messages_set(self._window)
+        client.on_socket_open = _send_at_once
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -238,6 +240,11 @@ class MqttBus:
         if self._starved:
             self._starved = False
             self._inbox.put(None)
+
+
+def _send_at_once(_client: Client, _data: Any, sock: Any) -> None:
+    """Switch off Nagle's algorithm: with it every need and offer waits for a delayed acknowledgement, about 40 ms."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
