@@ -29,7 +29,9 @@ def demo(
     Example: `clipcast demo --clients 4 --rounds 5 --bits 4`
     """
     from clipcast.demo.settings import DemoSettings
-    from clipcast.demo.story import run
 
     settings = DemoSettings.checked(clients, rounds, bits, data, partition, seed, out, broker)
+    # After the check: a typo should not cost the loading of torch.
+    from clipcast.demo.story import run
+
     run(settings, as_json=as_json)

@@ -1,0 +1,239 @@
+"""The command as a user types it: real processes, exit codes, and sentences that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import venv
+from importlib.metadata import distribution, requires
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from PIL import Image
+
+from clip_lora.lora import adapter_shapes, initial_adapter
+from clip_lora.towers import load_config
+from clipcast.exit_codes import CODES
+from coordinator.text_bank import make_bank
+from export.artefact import Source, export_artefact
+from protocol.messages import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def clipcast(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clipcast", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model and a picture beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    recipe = Recipe(rank=1)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    picture.save(folder / "picture.png")
+    bank = make_bank("tiny-clip", ("cat", "dog"), ("a photo of a {}",))
+    adapter = initial_adapter(adapter_shapes(load_config("tiny-clip"), "vision", recipe), 0)
+    export_artefact(Source(bank, adapter, recipe, "lab", 0), [picture], 32, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("coordinator init", "coordinator run", "client init", "client run", "export", "infer", "demo"),
+        *("profiles list", "profiles show", "profiles detect"),
+    ],
+)
+def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
+    assert f"clipcast {command}" in clipcast(*command.split(), "--help", cwd=tmp_path).stdout.split("Example")[1]
+
+
+def test_init_writes_settings_that_load_and_keeps_what_is_there(tmp_path: Path) -> None:
+    from coordinator.config import load as load_coordinator
+    from edge_client.config import load as load_client
+
+    clipcast("coordinator", "init", "--classes", "cat,dog", "--federation", "zoo", cwd=tmp_path)
+    clipcast("client", "init", "--id", "jetson-1", "--federation", "zoo", "--data", "pictures", cwd=tmp_path)
+    assert load_coordinator(tmp_path / "coordinator.toml").classes == ("cat", "dog")
+    client = load_client(tmp_path / "client.toml")
+    assert (client.id, client.data) == ("jetson-1", str(tmp_path / "pictures"))
+    (tmp_path / "client.toml").write_text("mine")
+    assert "exists already" in clipcast("client", "init", cwd=tmp_path, code=2).stderr
+    assert (tmp_path / "client.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "code", "words"),
+    [
+        ({}, ["coordinator", "run", "none.toml"], 3, ["none.toml: no such file", "clipcast coordinator init"]),
+        (
+            {"c.toml": "id = 'a'\nfedration = 'b'\ndata = 'digits'"},
+            ["client", "run", "c.toml"],
+            3,
+            ["'fedration'", "'federation'"],
+        ),
+        ({"c.toml": "id = 'a b'\nfederation = 'f'\ndata = 'digits'"}, ["client", "run", "c.toml"], 3, ["id"]),
+        (
+            {"c.toml": "id='a'\nfederation='f'\ndata='digits'\n[broker]\nurl='mqtt://127.0.0.1:9'\nconnect_timeout_s=1"},
+            ["client", "run", "c.toml"],
+            4,
+            ["cannot reach the broker at mqtt://127.0.0.1:9", "refused"],
+        ),
+        ({}, ["profiles", "show", "toaster"], 10, ["no profile 'toaster'", "generic-cpu"]),
+        ({}, ["demo", "--partition", "dirichlet:x"], 3, ["dirichlet:ALPHA"]),
+        ({}, ["demo", "--data", "nowhere", "--out", "out"], 6, ["nowhere: no such folder"]),
+        ({}, ["demo", "--bits", "5"], 3, ["choose 4 or 8"]),
+        ({}, ["infer", "none.onnx", "none.png"], 9, ["none.onnx: no such file", "clipcast export"]),
+        (
+            {"c.toml": "federation='f'\nclasses=['a','b']"},
+            ["export", "c.toml", "--data", "digits"],
+            7,
+            ["no finished round"],
+        ),
+    ],
+)
+def test_failures_name_the_cure_and_have_their_code(
+    files: dict[str, str], arguments: list[str], code: int, words: list[str], tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    done = clipcast(*arguments, cwd=tmp_path, code=code)
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_exit_code_belongs_to_a_class_that_exists_and_is_documented() -> None:
+    import importlib
+
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    for path, code in CODES.items():
+        module, _, name = path.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), name), Exception)
+        assert f"| {code} |" in operations
+
+
+def test_profiles_speak_json(tmp_path: Path) -> None:
+    assert "jetson-orin-nano-8gb" in json.loads(clipcast("profiles", "list", "--json", cwd=tmp_path).stdout)
+    shown = json.loads(clipcast("profiles", "show", "jetson-orin-nano-8gb", "--json", cwd=tmp_path).stdout)
+    assert shown["facts"]["bandwidth"]["verified"] is False
+    assert "not verified" in clipcast("profiles", "show", "jetson-orin-nano-8gb", cwd=tmp_path).stdout
+    detected = json.loads(clipcast("profiles", "detect", "--json", cwd=tmp_path).stdout)
+    assert detected.keys() == {"profile", "reason", "certain"}
+
+
+def test_infer_prints_label_probability_and_milliseconds(model: Path, tmp_path: Path) -> None:
+    picture = str(model.with_name("picture.png"))
+    done = clipcast("infer", str(model), picture, "--json", "--top", "2", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert set(answer["labels"]) == {"cat", "dog"}
+    assert answer["milliseconds"] > 0
+    assert " ms)" in clipcast("infer", str(model), picture, cwd=tmp_path).stdout
+
+
+def test_infer_leaves_torch_unloaded(model: Path, tmp_path: Path) -> None:
+    picture = str(model.with_name("picture.png"))
+    code = (
+        f"import sys; from clipcast.cli import app; app(['infer', {str(model)!r}, {picture!r}], standalone_mode=False); "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'peft', 'paho'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def closure(extra: str) -> set[str]:
+    """The installed distributions that `clipcast[extra]` needs, by the packages' own metadata."""
+    wanted, todo = set(), [("clipcast", extra)]
+    while todo:
+        name, wanted_extra = todo.pop()
+        for line in requires(name) or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": wanted_extra}):
+                key = requirement.name.lower()
+                if key not in wanted:
+                    wanted.add(key)
+                    todo.append((key, ""))
+    return wanted
+
+
+def test_infer_runs_in_an_environment_with_the_infer_extra_alone(model: Path, tmp_path: Path) -> None:
+    """A fresh environment that holds exactly what `pip install clipcast[infer]` names, taken from this one."""
+    names = closure("infer")
+    assert "onnxruntime" in names
+    assert not names & {"torch", "transformers", "peft", "bitsandbytes"}
+    venv.create(tmp_path / "env", symlinks=True, with_pip=False)
+    site = next((tmp_path / "env" / "lib").glob("python3*")) / "site-packages"
+    for name in names:
+        installed = distribution(name)
+        for file in installed.files or []:
+            source = Path(str(installed.locate_file(file)))
+            if ".." not in file.parts and source.is_file():
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                (site / file).symlink_to(source)
+    with tarfile.open(tmp_path / "ours.tar", "w") as archive:
+        for package in ("protocol", "clip_lora", "coordinator", "edge_client", "export", "hardware_profiles", "clipcast"):
+            archive.add(ROOT / package, package)
+    with tarfile.open(tmp_path / "ours.tar") as archive:
+        archive.extractall(site, filter="data")
+    python = str(tmp_path / "env" / "bin" / "python")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+
+    assert "No module named 'torch'" in run("-c", "import torch").stderr
+    done = run("-m", "clipcast", "infer", str(model), str(model.with_name("picture.png")), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["labels"][0] in {"cat", "dog"}
+    missing = run("-m", "clipcast", "demo")
+    assert missing.returncode == 11
+    assert "pip install 'clipcast[" in missing.stderr
+
+
+def test_a_client_leaves_in_good_order_on_sigterm(embedded: str, tmp_path: Path) -> None:
+    clipcast("client", "init", "--id", "one", "--broker", embedded, cwd=tmp_path)
+    command = [sys.executable, "-m", "clipcast", "client", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        states = Watch(embedded, "lab")
+        try:
+            states.wait_for("online")
+            process.send_signal(signal.SIGTERM)
+            states.wait_for("offline")
+            assert process.wait(30) == 0
+        finally:
+            states.close()
+            process.kill()
+
+
+class Watch:
+    """Sees clients' statuses."""
+
+    def __init__(self, url: str, federation: str) -> None:
+        from protocol.link import Link
+        from protocol.mqtt import MqttBus
+        from protocol.observer import Observer
+        from protocol.settings import BrokerSettings
+
+        self._bus = MqttBus.open(BrokerSettings(url=url), "watch")
+        self._link = Link(self._bus, Observer(federation))
+
+    def wait_for(self, state: str) -> None:
+        import time
+
+        deadline = time.monotonic() + 60
+        while not any(seen.status.state == state for seen in self._link.poll(1.0)):
+            assert time.monotonic() < deadline, f"no client became {state}"
+
+    def close(self) -> None:
+        self._bus.close()

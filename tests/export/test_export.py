@@ -1,0 +1,158 @@
+"""ONNX against torch, on real digits and on photographs' odd sizes; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from clip_lora.algebra import Adapter
+from clip_lora.lora import adapter_shapes, initial_adapter
+from clip_lora.preprocess import load_preprocessing
+from clip_lora.towers import load_config
+from coordinator.text_bank import make_bank
+from edge_client.data import find_pictures
+from edge_client.errors import InferenceError
+from edge_client.infer import Classifier
+from export.artefact import METADATA, Source, export_artefact
+from export.errors import ExportError
+from export.graph import IMAGES, OPSET, PIXELS, preprocessing_graph
+from protocol.messages import Recipe, TextBank
+
+RECIPE = Recipe(rank=2)
+SIZES = [(8, 8), (64, 64), (61, 97), (500, 333), (33, 240)]
+
+
+@pytest.fixture(scope="session")
+def bank() -> TextBank:
+    return make_bank("tiny-clip", ("zero", "one", "two"), ("a photo of a {}",))
+
+
+@pytest.fixture(scope="session")
+def adapter() -> Adapter:
+    rng = np.random.default_rng(0)
+    start = initial_adapter(adapter_shapes(load_config("tiny-clip"), "vision", RECIPE), 0)
+    return {n: rng.normal(0, 0.02, a.shape).astype(np.float32) if n.endswith("B") else a for n, a in start.items()}
+
+
+@pytest.fixture(scope="session")
+def digits() -> list[Image.Image]:
+    return [picture.load() for picture in find_pictures("digits")[:12]]
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    """A picture with the smooth structure of a photograph."""
+    rng = np.random.default_rng(height * 1000 + width)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def exported(bank: TextBank, adapter: Adapter, digits: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "model.onnx"
+    pictures = [*digits, *(smooth(*size) for size in SIZES)]
+    parity = export_artefact(Source(bank, adapter, RECIPE, "lab", 3), pictures, 4, out)
+    assert parity.cosine_min >= 0.999
+    assert parity.top1_agreement == 1.0
+    assert 0.97 < parity.quantised_cosine_min < 0.99999  # 4-bit differs from full precision, but not by much
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_preprocessing_graph_equals_transformers_to_a_grey_level(size: tuple[int, int]) -> None:
+    preprocessing = load_preprocessing("tiny-clip")
+    session = onnxruntime.InferenceSession(preprocessing_graph(preprocessing, 10).SerializeToString())
+    picture = smooth(*size)
+    (pixels,) = session.run([PIXELS], {IMAGES: np.asarray(picture)[None]})
+    wanted = preprocessing.processor([picture], return_tensors="np")["pixel_values"]
+    grey_level = 1.0 / 255.0 / min(preprocessing.std)
+    assert pixels.shape == wanted.shape
+    assert np.abs(pixels - wanted).max() <= 2.1 * grey_level
+
+
+def test_a_batch_gives_what_single_pictures_give(exported: Path, digits: list[Image.Image]) -> None:
+    session = onnxruntime.InferenceSession(exported.read_bytes())
+    arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in digits[:3]])
+    (together,) = session.run(["image_embeds"], {IMAGES: arrays})
+    apart = np.concatenate([session.run(["image_embeds"], {IMAGES: array[None]})[0] for array in arrays])
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(exported: Path, bank: TextBank, digits: list[Image.Image]) -> None:
+    session = onnxruntime.InferenceSession(exported.read_bytes())
+    array = np.asarray(digits[0].convert("RGB"))[None]
+    embeds, probabilities = session.run(["image_embeds", "probabilities"], {IMAGES: array})
+    logits = torch.from_numpy(bank.logit_scale * embeds @ bank.embeddings.T)
+    np.testing.assert_allclose(probabilities, torch.softmax(logits, -1).numpy(), atol=1e-5)
+    assert np.linalg.norm(embeds) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_file_carries_labels_provenance_and_opset(exported: Path, bank: TextBank) -> None:
+    model = onnx.load(exported)
+    facts = json.loads({entry.key: entry.value for entry in model.metadata_props}[METADATA])
+    assert facts["labels"] == list(bank.classes)
+    assert (facts["federation"], facts["round"], facts["model_digest"]) == ("lab", 3, bank.model_digest)
+    assert next(item.version for item in model.opset_import if item.domain == "") == OPSET
+    assert not any(entry.external_data for entry in model.graph.initializer)
+    report = json.loads(exported.with_suffix(".json").read_text())
+    assert report["parity"]["pictures"] == 12 + len(SIZES)
+
+
+def test_a_model_that_differs_from_torch_is_not_written(
+    bank: TextBank, adapter: Adapter, digits: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another mean in the graph is what a wrong preprocessing looks like.
+    def wrong(preprocessing, ir_version):
+        shifted = type(preprocessing)(64, 64, (0.0, 0.9, 0.1), preprocessing.std, preprocessing.processor)
+        return preprocessing_graph(shifted, ir_version)
+
+    monkeypatch.setattr("export.artefact.preprocessing_graph", wrong)
+    with pytest.raises(ExportError, match="differs from torch: cosine"):
+        export_artefact(Source(bank, adapter, RECIPE, "lab", 3), digits, 4, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_without_pictures_is_refused(bank: TextBank, adapter: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no pictures"):
+        export_artefact(Source(bank, adapter, RECIPE, "lab", 3), [], 4, tmp_path / "model.onnx")
+
+
+def test_export_from_other_weights_than_the_federations_is_refused(
+    bank: TextBank, adapter: Adapter, digits: list[Image.Image], tmp_path: Path
+) -> None:
+    foreign = TextBank(**{**vars(bank), "model_digest": "0" * 64})
+    with pytest.raises(ExportError, match="the federation used 000000000000"):
+        export_artefact(Source(foreign, adapter, RECIPE, "lab", 3), digits, 4, tmp_path / "model.onnx")
+
+
+def test_the_classifier_answers_with_labels_and_milliseconds(
+    exported: Path, digits: list[Image.Image], tmp_path: Path
+) -> None:
+    picture = tmp_path / "digit.png"
+    digits[0].save(picture)
+    answer = Classifier(exported).classify(picture, top=2)
+    assert len(answer.labels) == 2
+    assert answer.probabilities[0] >= answer.probabilities[1]
+    assert answer.milliseconds > 0
+
+
+def test_the_classifier_names_what_it_cannot_use(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(InferenceError, match=r"none\.onnx: no such file"):
+        Classifier(tmp_path / "none.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(InferenceError, match="onnxruntime cannot load it"):
+        Classifier(tmp_path / "broken.onnx")
+    onnx.save(preprocessing_graph(load_preprocessing("tiny-clip"), 10), tmp_path / "foreign.onnx")
+    with pytest.raises(InferenceError, match="was not exported by clipcast"):
+        Classifier(tmp_path / "foreign.onnx")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
+    with pytest.raises(InferenceError, match=r"cut\.png cannot be read as a picture"):
+        Classifier(exported).classify(tmp_path / "cut.png")
+    with pytest.raises(InferenceError, match=r"none\.png: no such picture"):
+        Classifier(exported).classify(tmp_path / "none.png")
