@@ -31,6 +31,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.rounds import Federation
 from coordinator.store import Store
 from coordinator.text_bank import make_bank
+from edge_client.config import Placement
 from edge_client.participate import participate
 from edge_client.participation import Participation
 from edge_client.train import Trainer
@@ -50,7 +51,7 @@ class NoTraining(Trainer):
     """Answers a plan at once, with an adapter of the same shape."""
 
     def __init__(self) -> None:
-        super().__init__("bench", "", 4, "cpu", None, 1)
+        super().__init__("bench", "", Placement(4, 1, 64, "cpu"), None)
 
     def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:  # noqa: ARG002 - Trainer's signature
         """Return an update without training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -87,10 +86,7 @@ def attach(tower: nn.Module, config: Any, kind: Literal["vision", "text"], shape
     """Put trainable LoRA factors on a tower; only they require gradients."""
     targets = [name.removesuffix(".lora_A") for name in adapter_shapes(config, kind, shape) if name.endswith(".lora_A")]
     lora = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-    with warnings.catch_warnings():
-        # transformers 5.23 warns about its own attribute, which peft reads.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(tower, lora)
+    return get_peft_model(tower, lora)
 
 
 def adapter_state(model: PeftModel) -> Adapter:

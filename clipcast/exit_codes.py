@@ -12,7 +12,7 @@ CODES = {
     "protocol.errors.WireError": SETTINGS,
     "protocol.errors.BusError": BROKER,
     "clip_lora.errors.ModelError": MODEL,
-    "edge_client.train.BankMismatchError": MODEL,
+    "edge_client.errors.UnfitPlanError": MODEL,
     "edge_client.errors.DataError": DATA,
     "coordinator.errors.FederationError": FEDERATION,
     "export.errors.ExportError": EXPORT,

@@ -41,6 +41,7 @@ class Federation:
 
     def run(self) -> Iterator[RoundRecord]:
         """Yield a record after each round; raises FederationError when the federation cannot go on."""
+        self._await_link()
         number, adapter = self._store.resume(self._shapes)
         if adapter is None:
             adapter = initial_adapter(self._shapes, self._config.seed)
@@ -71,6 +72,13 @@ class Federation:
                 )
         self._plan(number, "finished", bank_ref.sha256, adapter, ())
         self._link.poll(0.0)
+
+    def _await_link(self) -> None:
+        """Let the end learn the broker's limits, by which it cuts blobs, before anything is published."""
+        deadline = time.monotonic() + self._config.deadline_s
+        while not any(isinstance(event, BrokerLink) and event.up for event in self._link.poll(POLL_S)):
+            if time.monotonic() > deadline:
+                raise FederationError(f"the broker at {self._config.broker.url} did not come back: see its log")
 
     def _draw(self, number: int) -> tuple[str, ...]:
         """Wait for enough clients, at most a deadline long, and draw the round's participants by seed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,6 +57,16 @@ class ClientConfig(BaseModel):
     def _relative_to_the_file(cls, data: str, info: ValidationInfo) -> str:
         folder: Path | None = (info.context or {}).get("folder")
         return data if data == DIGITS or folder is None else str(folder / Path(data).expanduser())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How this device trains: settings over profile. `batch_size` and `max_rank` are upper limits."""
+
+    bits: Literal[4, 8, 32]
+    batch_size: int
+    max_rank: int
+    device: Literal["cpu", "cuda"]
 
 
 def load(path: Path) -> ClientConfig:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from clip_lora.towers import default_device
-from edge_client.config import ClientConfig
+from edge_client.config import ClientConfig, Placement
 from edge_client.participation import Participation
 from edge_client.train import Trainer
 from hardware_profiles.profile import Profile
 from protocol.messages import Status
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How this device will train."""
-
-    bits: Literal[4, 8, 32]
-    batch_size: int
-    device: Literal["cpu", "cuda"]
 
 
 def place(config: ClientConfig, profile: Profile) -> Placement:
@@ -36,12 +25,12 @@ def place(config: ClientConfig, profile: Profile) -> Placement:
     threads = config.threads or profile.threads
     if threads:
         torch.set_num_threads(threads)
-    return Placement(config.bits or profile.bits, config.batch_size or profile.batch_size, device)
+    return Placement(config.bits or profile.bits, config.batch_size or profile.batch_size, profile.max_rank, device)
 
 
 def new_client(config: ClientConfig, profile: Profile) -> tuple[Trainer, Participation, Status]:
     """Return what a client consists of besides its link: trainer, part in the federation, first status."""
     placement = place(config, profile)
     status = Status(state="online", profile=profile.name, bits=placement.bits, device=placement.device)
-    trainer = Trainer(config.id, config.data, placement.bits, placement.device, config.model, placement.batch_size)
+    trainer = Trainer(config.id, config.data, placement, config.model)
     return trainer, Participation(config.id, status), status

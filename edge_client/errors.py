@@ -7,5 +7,9 @@ class DataError(RuntimeError):
     """Pictures that cannot be used for training; the message names the folder, class or file, and the cure."""
 
 
+class UnfitPlanError(RuntimeError):
+    """A plan that this device cannot carry out: other weights than the federation's, or a rank beyond the profile's."""
+
+
 class InferenceError(RuntimeError):
     """An ONNX file or a picture that cannot be used for inference."""

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from clip_lora.lora import PeftModel, adapter_state, attach, load_adapter
 from clip_lora.preprocess import Preprocessing, load_preprocessing
 from clip_lora.towers import load_config, load_image_tower, model_facts
+from edge_client.config import Placement
 from edge_client.data import Dataset, open_dataset
+from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
 from protocol.client_end import PlanReady
 from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingResult, Update
@@ -26,10 +28,6 @@ from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingRes
 log = logging.getLogger(__name__)
 
 EVAL_BATCH = 64
-
-
-class BankMismatchError(RuntimeError):
-    """The federation's model is not the one on this device."""
 
 
 class TrainingStopped(Exception):  # noqa: N818 - not an error: the process was asked to end
@@ -65,13 +63,11 @@ class ImageEncoder:
 class Trainer:
     """Runs rounds on this device's pictures."""
 
-    def __init__(self, client_id: str, source: str, bits: int, device: str, model: str | None, batch_limit: int) -> None:
+    def __init__(self, client_id: str, source: str, placement: Placement, model: str | None) -> None:
         self._id = client_id
         self._source = source
-        self._bits = bits
-        self._device = device
+        self._placement = placement
         self._model = model
-        self._batch_limit = batch_limit
         self._encoder: ImageEncoder | None = None
         self._shape: tuple[object, ...] | None = None
         self._data: Dataset | None = None
@@ -80,18 +76,23 @@ class Trainer:
     def prepare(self, bank: TextBank, recipe: Recipe) -> tuple[ImageEncoder, Dataset]:
         """Load model and pictures unless they are here already.
 
-        Raises ModelError, DataError, or BankMismatchError if this device's weights are not the coordinator's.
+        Raises ModelError, DataError, or UnfitPlanError if the plan is not for this device.
         """
+        if recipe.rank > self._placement.max_rank:
+            raise UnfitPlanError(
+                f"the federation trains rank {recipe.rank}, this device's profile allows {self._placement.max_rank}: lower "
+                f"rank in the coordinator's recipe, or name another profile"
+            )
         shape = (recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
         if self._encoder is None or shape != self._shape:
             name = self._model or bank.model
             facts = model_facts(name)
             if facts.digest != bank.model_digest:
-                raise BankMismatchError(
+                raise UnfitPlanError(
                     f"model {name!r} here has weights {facts.digest[:12]}, the federation trains {bank.model!r} with "
                     f"{bank.model_digest[:12]}: install the same weights on this device, or set `model` to them"
                 )
-            self._encoder, self._shape = ImageEncoder(name, self._bits, self._device, recipe), shape
+            self._encoder, self._shape = ImageEncoder(name, self._placement.bits, self._placement.device, recipe), shape
         if self._data is None or self._classes != bank.classes:
             self._data = open_dataset(self._source, bank.classes, self._encoder.preprocessing)
             self._classes = bank.classes
@@ -105,7 +106,7 @@ class Trainer:
         encoder, data = self.prepare(bank, plan.recipe)
         seed = derive_seed(plan.seed, plan.round, self._id)
         load_adapter(encoder.model, ready.adapter)
-        metrics = local_steps(encoder, data, bank, plan.recipe, seed, self._batch_limit, stopped)
+        metrics = local_steps(encoder, data, bank, plan.recipe, seed, self._placement.batch_size, stopped)
         update, accuracy = summarise(encoder, data, bank, plan.recipe, seed)
         return TrainingResult(
             plan.round, plan.adapter.sha256, update, len(data), metrics.loss, accuracy, time.monotonic() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import socket
 import time
 from collections.abc import Callable, Iterable
 
@@ -29,6 +30,14 @@ def _wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 20
 def wait_until() -> Callable[..., None]:
     """Wait for a condition with a deadline."""
     return _wait_until
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Network:

@@ -1,0 +1,164 @@
+"""Every reason for which an update is refused, and the borders at which it is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordinator.checks import check_offer, check_update
+from protocol.codec import decode_update, encode_update
+
+
+def test_a_good_update_is_accepted(make_update, expected):
+    assert check_update(make_update(), expected).accepted
+
+
+def test_a_good_update_is_accepted_after_it_has_travelled(make_update, expected):
+    assert check_update(decode_update(encode_update(make_update())), expected).accepted
+
+
+def test_an_update_without_features_is_accepted(make_update, expected):
+    nothing = make_update(features=np.zeros((0, 8), np.float32), labels=np.zeros(0, np.int32))
+    assert check_update(nothing, expected).accepted
+
+
+def test_an_update_without_features_or_prototypes_of_any_width_is_accepted(make_update, expected):
+    empty = make_update(
+        features=np.zeros((0, 0), np.float32),
+        labels=np.zeros(0, np.int32),
+        prototypes=np.zeros((0, 0), np.float32),
+        prototype_classes=np.zeros(0, np.int32),
+        prototype_counts=np.zeros(0, np.int32),
+    )
+    assert check_update(empty, expected).accepted
+
+
+def without_a_factor(update):
+    return {"adapter": {name: a for name, a in update.adapter.items() if name != "layer.1.lora_B"}}
+
+
+def with_an_extra_factor(update):
+    return {"adapter": {**update.adapter, "layer.9.lora_A": np.zeros((2, 6), np.float32)}}
+
+
+def with_another_rank(update):
+    return {"adapter": {**update.adapter, "layer.0.lora_A": np.zeros((4, 6), np.float32)}}
+
+
+def transposed(update):
+    return {"adapter": {**update.adapter, "layer.0.lora_A": update.adapter["layer.0.lora_A"].T}}
+
+
+def poisoned(name, value):
+    def change(update):
+        array = update.adapter[name].copy()
+        array[-1, -1] = value
+        return {"adapter": {**update.adapter, name: array}}
+
+    return change
+
+
+def changed(field, position, value):
+    def change(update):
+        array = getattr(update, field).copy()
+        array[position] = value
+        return {field: array}
+
+    return change
+
+
+def scaled(field, factor):
+    return lambda update: {field: (getattr(update, field) * factor).astype(np.float32)}
+
+
+def narrowed(field):
+    def change(update):
+        rows = getattr(update, field)[:, :-1]
+        return {field: rows / np.linalg.norm(rows, axis=1, keepdims=True)}
+
+    return change
+
+
+BAD = {
+    "missing-factor": (without_a_factor, "wrong-names", "layer.1.lora_B"),
+    "extra-factor": (with_an_extra_factor, "wrong-names", "layer.9.lora_A"),
+    "no-adapter": (lambda _: {"adapter": {}}, "wrong-names", "4 factors"),
+    "another-rank": (with_another_rank, "wrong-shapes", "layer.0.lora_A"),
+    "transposed": (transposed, "wrong-shapes", "layer.0.lora_A"),
+    "narrow-prototypes": (narrowed("prototypes"), "wrong-shapes", "prototypes"),
+    "narrow-features": (narrowed("features"), "wrong-shapes", "features"),
+    "nan-in-a-factor": (poisoned("layer.1.lora_B", np.nan), "not-finite", "layer.1.lora_B"),
+    "infinity-in-a-factor": (poisoned("layer.0.lora_A", -np.inf), "not-finite", "layer.0.lora_A"),
+    "nan-in-prototypes": (changed("prototypes", (1, 3), np.nan), "not-finite", "prototypes"),
+    "infinity-in-features": (changed("features", (0, 0), np.inf), "not-finite", "features"),
+    "prototype-of-class-3-of-3": (changed("prototype_classes", 1, 3), "unknown-class", "prototypes"),
+    "prototype-of-class-minus-1": (changed("prototype_classes", 0, -1), "unknown-class", "prototypes"),
+    "label-3-of-3": (changed("labels", 0, 3), "unknown-class", "features"),
+    "label-minus-1": (changed("labels", 2, -1), "unknown-class", "features"),
+    "long-prototypes": (scaled("prototypes", 1.1), "not-unit", "prototypes"),
+    "short-features": (scaled("features", 0.9), "not-unit", "features"),
+    "zero-features": (scaled("features", 0.0), "not-unit", "features"),
+    "two-prototypes-of-a-class": (changed("prototype_classes", 1, 0), "bad-counts", "own class"),
+    "a-count-of-0": (changed("prototype_counts", 1, 0), "bad-counts", "at least 1"),
+    "a-negative-count": (changed("prototype_counts", 0, -5), "bad-counts", "at least 1"),
+    "three-features-of-two": (changed("labels", 2, 0), "too-many-features", "3 features of one class, 2 allowed"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason", "named"), BAD.values(), ids=BAD)
+def test_an_update_is_refused_with_reason_and_detail_when_it_has(make_update, expected, change, reason, named):
+    update = make_update()
+    verdict = check_update(make_update(**change(update)), expected)
+    assert (verdict.accepted, verdict.reason) == (False, reason)
+    assert named in verdict.detail
+
+
+def test_unit_length_tolerates_the_rounding_of_the_wire_but_not_five_per_cent(make_update, expected):
+    update = make_update()
+    assert check_update(make_update(**scaled("features", 1.04)(update)), expected).accepted
+    assert check_update(make_update(**scaled("features", 1.06)(update)), expected).reason == "not-unit"
+
+
+def test_names_are_checked_before_shapes_and_shapes_before_values(make_update, expected):
+    update = make_update()
+    nan_and_rank = {**poisoned("layer.0.lora_B", np.nan)(update)["adapter"], "layer.0.lora_A": np.zeros((4, 6), np.float32)}
+    assert check_update(make_update(adapter=nan_and_rank), expected).reason == "wrong-shapes"
+    nan_and_name = {**nan_and_rank, "stray.lora_A": np.zeros((2, 6), np.float32)}
+    assert check_update(make_update(adapter=nan_and_name), expected).reason == "wrong-names"
+
+
+def test_a_very_long_factor_name_still_gives_a_detail_that_fits_a_receipt(make_update, expected):
+    verdict = check_update(make_update(adapter={"x" * 5000: np.zeros((1, 1), np.float32)}), expected)
+    assert verdict.reason == "wrong-names"
+    assert len(verdict.detail) <= 500
+
+
+def test_an_offer_of_the_open_round_is_accepted(make_update, make_offer, plan):
+    assert check_offer("bob", make_offer(make_update()), plan, {"ann"}).accepted
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_an_offer_for_another_round_is_stale_and_told_which_round_is_open(make_update, make_offer, plan, number):
+    verdict = check_offer("ann", make_offer(make_update(), round=number), plan, ())
+    assert (verdict.accepted, verdict.reason) == (False, "stale-round")
+    assert "round 3 is open" in verdict.detail
+
+
+def test_an_offer_between_rounds_is_stale(make_update, make_offer):
+    verdict = check_offer("ann", make_offer(make_update()), None, ())
+    assert verdict.reason == "stale-round"
+    assert "no round is open" in verdict.detail
+
+
+def test_an_offer_trained_from_another_adapter_is_refused(make_update, make_offer, plan):
+    verdict = check_offer("ann", make_offer(make_update(), base="e" * 64), plan, ())
+    assert verdict.reason == "wrong-base"
+    assert plan.adapter.sha256[:12] in verdict.detail
+
+
+def test_an_offer_of_a_client_that_was_not_drawn_is_refused(make_update, make_offer, plan):
+    assert check_offer("eve", make_offer(make_update()), plan, ()).reason == "not-invited"
+
+
+def test_a_second_offer_of_a_counted_client_is_refused(make_update, make_offer, plan):
+    assert check_offer("ann", make_offer(make_update()), plan, {"ann", "bob"}).reason == "already-counted"

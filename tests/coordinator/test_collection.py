@@ -1,0 +1,151 @@
+"""One round as a state machine: what closes it, who is missing, and that the order of arrival leaves no trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.aggregate import aggregate
+from coordinator.collection import Collection, refuse_all
+from protocol.codec import encode_adapter
+from protocol.coordinator_end import BrokerLink, ClientSeen, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.messages import Status
+
+START = 1000.0
+CLIENTS = ("ann", "bob", "cid", "dan")
+
+
+@pytest.fixture(scope="session")
+def arrival(make_update, make_offer):
+    """An update of a client, on its own data and with its own number of samples; `bad` ones hold a NaN."""
+
+    def make(client, *, bad=False, **fields):
+        seed = CLIENTS.index(client) if client in CLIENTS else 99
+        update = make_update(seed)
+        offer = make_offer(update, samples=10 * seed + 7, **fields)
+        if bad:
+            adapter = {name: np.full_like(array, np.nan) for name, array in update.adapter.items()}
+            update = make_update(seed, adapter=adapter)
+        return UpdateArrived(client, offer, update)
+
+    return make
+
+
+def test_the_quorum_closes_the_round(expected, arrival):
+    collection = Collection(expected, 2, START)
+    assert collection.take(arrival("bob")).verdict.accepted
+    assert not collection.has_quorum
+    assert collection.patience(START + 40) == 60.0
+    assert collection.take(arrival("ann")).verdict.accepted
+    assert collection.has_quorum
+    assert collection.patience(START + 40) == 0.0
+
+
+def test_the_deadline_closes_the_round_without_a_quorum(expected, arrival):
+    collection = Collection(expected, 2, START)
+    collection.take(arrival("bob"))
+    assert collection.patience(START) == 100.0
+    assert collection.patience(START + 99.5) == 0.5
+    assert collection.patience(START + 100) == 0.0
+    assert collection.patience(START + 1e6) == 0.0
+    assert not collection.has_quorum
+
+
+def test_an_update_that_arrives_with_the_last_of_the_quorum_counts_too(expected, arrival):
+    collection = Collection(expected, 1, START)
+    collection.take(arrival("bob"))
+    assert collection.take(arrival("ann")).verdict.accepted
+    assert sorted(collection.accepted) == ["ann", "bob"]
+
+
+def test_the_silent_are_the_participants_without_an_accepted_update(expected, arrival):
+    collection = Collection(expected, 4, START)
+    assert collection.silent == ["ann", "bob", "cid", "dan"]
+    collection.take(arrival("cid"))
+    collection.take(arrival("ann", bad=True))
+    collection.take(arrival("eve"))
+    assert collection.silent == ["ann", "bob", "dan"]
+
+
+def test_a_refused_client_may_try_again(expected, arrival):
+    collection = Collection(expected, 1, START)
+    assert collection.take(arrival("ann", bad=True)).verdict.reason == "not-finite"
+    assert not collection.has_quorum
+    assert collection.take(arrival("ann")).verdict.accepted
+    assert collection.has_quorum
+    assert [(answer.client, answer.verdict.reason) for answer in collection.refused] == [("ann", "not-finite")]
+
+
+def test_an_accepted_update_is_counted_once_and_keeps_its_arrays(expected, arrival, make_update):
+    collection = Collection(expected, 2, START)
+    first = arrival("ann")
+    collection.take(first)
+    second = UpdateArrived("ann", first.offer, make_update(55))
+    assert collection.take(second).verdict.reason == "already-counted"
+    assert collection.accepted["ann"].update is first.update
+    assert not collection.has_quorum
+
+
+def test_an_offer_that_fails_is_refused_before_its_arrays_are_looked_at(expected, arrival):
+    collection = Collection(expected, 1, START)
+    assert collection.take(arrival("ann", bad=True, round=2)).verdict.reason == "stale-round"
+    assert collection.take(arrival("ann", bad=True, base="0" * 64)).verdict.reason == "wrong-base"
+    assert collection.take(arrival("eve", bad=True)).verdict.reason == "not-invited"
+    assert not collection.accepted
+
+
+def test_an_unreadable_and_an_oversized_update_get_an_answer(expected, arrival):
+    collection = Collection(expected, 1, START)
+    offer = arrival("ann").offer
+    unreadable = collection.take(UpdateUnreadable("ann", offer, "header is not JSON"))
+    large = collection.take(OfferTooLarge("bob", offer, "99 bytes exceed 10"))
+    assert (unreadable.client, unreadable.verdict.reason) == ("ann", "unreadable")
+    assert (large.client, large.verdict.reason, large.verdict.detail) == ("bob", "too-large", "99 bytes exceed 10")
+    assert collection.refused == [unreadable, large]
+
+
+@pytest.mark.parametrize("event", [BrokerLink(up=False), ClientSeen("ann", Status(state="online"))], ids=["link", "seen"])
+def test_events_that_are_no_updates_get_no_answer(expected, event):
+    assert Collection(expected, 1, START).take(event) is None
+    assert refuse_all(event) is None
+
+
+def test_between_rounds_every_kind_of_update_is_stale(arrival):
+    good = arrival("ann")
+    for event in (good, UpdateUnreadable("ann", good.offer, "x"), OfferTooLarge("ann", good.offer, "x")):
+        answer = refuse_all(event)
+        assert (answer.client, answer.offer, answer.verdict.reason) == ("ann", good.offer, "stale-round")
+
+
+@pytest.mark.parametrize("method", ["mean_of_factors", "mean_of_products"])
+@settings(deadline=None, max_examples=24)
+@given(order=st.permutations(CLIENTS))
+def test_any_order_of_arrival_gives_the_same_bytes(expected, arrival, method, order):
+    def collect(clients):
+        collection = Collection(expected, len(CLIENTS), START)
+        for client in clients:
+            collection.take(arrival(client))
+        assert collection.has_quorum
+        return aggregate(collection.accepted, method, 2)
+
+    one, other = collect(CLIENTS), collect(order)
+    assert encode_adapter(one) == encode_adapter(other)
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+@settings(deadline=None, max_examples=60)
+@given(events=st.lists(st.tuples(st.sampled_from([*CLIENTS, "eve"]), st.booleans()), max_size=25), quorum=st.integers(1, 4))
+def test_whatever_arrives_each_participant_counts_once_from_its_first_good_update(expected, arrival, events, quorum):
+    collection = Collection(expected, quorum, START)
+    counted, refusals = set(), 0
+    for client, bad in events:
+        good = client in CLIENTS and not bad and client not in counted
+        assert collection.take(arrival(client, bad=bad)).verdict.accepted == good
+        counted |= {client} if good else set()
+        refusals += not good
+        assert collection.accepted.keys() == counted
+        assert collection.has_quorum == (len(counted) >= quorum)
+        assert collection.silent == sorted(set(CLIENTS) - counted)
+    assert len(collection.refused) == refusals

@@ -1,0 +1,269 @@
+"""Client and coordinator against each other, without a broker, in virtual time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.bus import Connected, Delivery, Publish
+from protocol.client_end import Answered, ClientEnd, Finished, PlanReady
+from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference
+from protocol.coordinator_end import ClientSeen, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.envelope import COORDINATOR, Envelope, encode
+from protocol.messages import (
+    MIN_CHUNK_SIZE,
+    ClassBankManifest,
+    Need,
+    Receipt,
+    Recipe,
+    RoundPlan,
+    Status,
+    TextBank,
+    TrainingResult,
+    Update,
+    Verdict,
+)
+from protocol.topics import Topics, parse
+
+TOPICS = Topics("fed")
+SMALL_PACKETS = 1600  # chunks of 1088 bytes: a few dozen a blob
+fates = st.lists(st.sampled_from(["deliver", "lose", "twice", "late"]), max_size=150)
+
+
+def a_bank(version: int = 1) -> TextBank:
+    rows = np.random.default_rng(version).normal(size=(20, 64)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return TextBank(version, tuple(f"c{i}" for i in range(20)), ("a {}",), rows, 100.0, "clip", "digest")
+
+
+def an_adapter(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return {"x.lora_A": rng.normal(size=(4, 500)).astype(np.float16).astype(np.float32)}
+
+
+def a_result(number: int = 1, seed: int = 1) -> TrainingResult:
+    rows = np.random.default_rng(seed).normal(size=(6, 64)).astype(np.float32)
+    indices = np.arange(6, dtype=np.int32)
+    update = Update(an_adapter(seed), rows, indices, indices, rows, indices)
+    return TrainingResult(number, "ab" * 32, update, 6, 0.5, 0.5, 1.0)
+
+
+def a_plan(adapter_ref, bank_ref, number: int = 1, state: str = "open") -> RoundPlan:
+    return RoundPlan(
+        round=number,
+        state=state,
+        classes=bank_ref.sha256,
+        adapter=adapter_ref,
+        participants=("a",),
+        recipe=Recipe(),
+        seed=0,
+        deadline_s=60.0,
+    )
+
+
+def open_round(network, number: int = 1, bank: TextBank | None = None, seed: int = 0) -> RoundPlan:
+    coordinator = network.ends["coordinator"]
+    bank_ref, actions = coordinator.publish_bank(bank or a_bank())
+    network.do("coordinator", actions)
+    plan = a_plan(coordinator.serve_adapter(an_adapter(seed)), bank_ref, number)
+    network.do("coordinator", coordinator.publish_plan(plan))
+    return plan
+
+
+def from_coordinator(topic: str, manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
+    return Delivery(topic, encode(Envelope(federation, sender, manifest)))
+
+
+@given(fates, st.integers(1, 3), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_round_goes_all_the_way_whatever_the_network_loses(new_network, schedule, clients, reconnect):
+    names = tuple("abc"[:clients])
+    network = new_network(*names, fates=schedule, max_packet=SMALL_PACKETS)
+    plan = open_round(network)
+    if reconnect:
+        network.pass_time(0.5)
+        network.connect()
+    network.run(lambda: all(network.seen(name, PlanReady) for name in names))
+    for seed, name in enumerate(names):
+        network.do(name, network.ends[name].offer(a_result(seed=seed)))
+    coordinator = network.ends["coordinator"]
+    network.run(lambda: {event.client for event in network.seen("coordinator", UpdateArrived)} == set(names))
+    for event in network.seen("coordinator", UpdateArrived):
+        network.do("coordinator", coordinator.answer(event.client, event.offer, Verdict(accepted=True)))
+    network.run(lambda: all(network.seen(name, Answered) for name in names))
+    network.pass_time(65.0)
+
+    assert len(network.seen("coordinator", UpdateArrived)) == clients
+    for seed, name in enumerate(names):
+        (ready,) = network.seen(name, PlanReady)
+        assert ready.plan == plan
+        assert encode_bank(ready.bank) == encode_bank(a_bank())
+        assert encode_adapter(ready.adapter) == encode_adapter(an_adapter())
+        (arrived,) = [event for event in network.seen("coordinator", UpdateArrived) if event.client == name]
+        sent = decode_update(encode_update(a_result(seed=seed).update))
+        np.testing.assert_array_equal(arrived.update.features, sent.features)
+        np.testing.assert_array_equal(arrived.update.adapter["x.lora_A"], sent.adapter["x.lora_A"])
+        (answered,) = network.seen(name, Answered)
+        assert (answered.receipt.sha256, answered.receipt.accepted) == (arrived.offer.blob.sha256, True)
+
+
+def test_each_new_plan_is_ready_once_and_a_late_joiner_gets_the_newest(new_network):
+    network = new_network("a", "late")
+    network.connect("a")
+    for number in (1, 2, 3):
+        open_round(network, number, bank=a_bank(number // 2), seed=number // 3)
+        network.run(lambda number=number: len(network.seen("a", PlanReady)) == number)
+    network.ends["late"] = ClientEnd("fed", "late", random.Random(9))
+    network.events["late"].clear()
+    network.connect("late")
+    network.run(lambda: network.seen("late", PlanReady))
+    assert [event.plan.round for event in network.seen("a", PlanReady)] == [1, 2, 3]
+    assert [event.plan.round for event in network.seen("late", PlanReady)] == [3]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["classes", "round", "receipt", "need"])))
+def test_manifests_may_come_in_any_order(order):
+    end = ClientEnd("fed", "a", random.Random(0))
+    end.handle(Connected(SMALL_PACKETS), 0.0)
+    end.offer(a_result())
+    blobs = {"classes": encode_bank(a_bank()), "round": encode_adapter(an_adapter())}
+    upload = reference(encode_update(a_result().update), SMALL_PACKETS - 512)
+    bank_ref, adapter_ref = (reference(blob, MIN_CHUNK_SIZE) for blob in blobs.values())
+    deliveries = {
+        "classes": from_coordinator(TOPICS.broadcast("classes"), ClassBankManifest(version=1, blob=bank_ref)),
+        "round": from_coordinator(TOPICS.broadcast("round"), a_plan(adapter_ref, bank_ref)),
+        "receipt": from_coordinator(
+            TOPICS.to("a", "receipt"), Receipt(round=1, sha256=upload.sha256, accepted=True, reason="accepted")
+        ),
+        "need": from_coordinator(TOPICS.to("a", "need"), Need(sha256=upload.sha256, missing="80")),
+    }
+    events, chunks = [], []
+    for kind in order:
+        events += end.handle(deliveries[kind], 1.0)[1]
+        chunks += [action for action in end.tick(1.0, 8) if "/from/a/blob/" in getattr(action, "topic", "")]
+    for blob, ref in zip(blobs.values(), (bank_ref, adapter_ref), strict=True):
+        for index in range(ref.chunks):
+            data = blob[index * MIN_CHUNK_SIZE : (index + 1) * MIN_CHUNK_SIZE]
+            events += end.handle(Delivery(TOPICS.blob(ref.sha256, index), data), 2.0)[1]
+    assert sorted(type(event).__name__ for event in events) == ["Answered", "PlanReady"]
+    assert len(chunks) == (1 if order.index("need") < order.index("receipt") else 0)
+
+
+def test_a_finished_federation_is_told_without_its_last_adapter(new_network):
+    network = new_network("a")
+    coordinator = network.ends["coordinator"]
+    bank_ref, actions = coordinator.publish_bank(a_bank())
+    network.do("coordinator", actions)
+    plan = a_plan(coordinator.serve_adapter(an_adapter()), bank_ref, state="finished")
+    network.do("coordinator", coordinator.publish_plan(plan))
+    network.run(lambda: network.seen("a", Finished))
+    assert network.seen("a", Finished) == [Finished(plan)]
+    assert network.seen("a", PlanReady) == []
+
+
+def test_a_broadcast_chunk_is_published_once_for_all_who_ask_within_the_gather_time(new_network):
+    network = new_network("a", "b", "c", max_packet=SMALL_PACKETS)
+    network.published.clear()
+    open_round(network)
+    network.run(lambda: all(network.seen(name, PlanReady) for name in "abc"))
+    chunks = [message.topic for message in network.published if parse(message.topic).kind == "blob"]
+    assert len(chunks) > 6
+    assert len(chunks) == len(set(chunks))
+
+
+def test_retained_manifests_are_published_again_after_a_reconnection(new_network):
+    network = new_network("a")
+    open_round(network)
+    retained = [message for message in network.published if message.topic.startswith("clipcast/1/fed/") and message.retain]
+    network.published.clear()
+    network.connect("coordinator")
+    again = [message for message in network.published if message.retain]
+    assert again == [message for message in retained if "/from/" not in message.topic]
+    assert [parse(message.topic).kind for message in again] == ["classes", "round"]
+
+
+def test_a_status_and_its_last_will_reach_the_coordinator_as_that_clients(new_network):
+    network = new_network("a")
+    end = network.ends["a"]
+    network.do("a", end.announce(Status(state="online", phase="training", round=4)))
+    network.do("a", [end.will()])
+    network.pass_time(1.0)
+    seen = [(event.client, event.status.state, event.status.phase) for event in network.seen("coordinator", ClientSeen)]
+    assert seen == [("a", "online", "waiting"), ("a", "online", "training"), ("a", "offline", "stopped")]
+
+
+def offers(network) -> list[Publish]:
+    return [message for message in network.published if message.topic == TOPICS.from_("a", "offer")]
+
+
+def test_an_oversized_offer_is_reported_and_not_fetched(new_network):
+    network = new_network("a", max_update_bytes=1000)
+    network.do("a", network.ends["a"].offer(a_result()))
+    network.run(lambda: network.seen("coordinator", OfferTooLarge))
+    network.pass_time(5.0)
+    assert "exceed the 1000" in network.seen("coordinator", OfferTooLarge)[0].problem
+    assert network.seen("coordinator", UpdateArrived) == []
+    assert [message for message in network.published if parse(message.topic).kind in ("need", "blob")] == []
+
+
+def test_an_upload_that_cannot_be_read_is_reported_once(new_network):
+    network = new_network("a")
+    end = network.ends["a"]
+    end.offer(a_result())
+    blob = encode_update(a_result().update)[:-3]
+    upload = end._upload
+    upload.offer = upload.offer.model_copy(update={"blob": reference(blob)})
+    upload.serve = dataclasses.replace(upload.serve, blob=blob, ref=upload.offer.blob)
+    network.run(lambda: network.seen("coordinator", UpdateUnreadable))
+    network.pass_time(20.0)
+    (event,) = network.seen("coordinator", UpdateUnreadable)
+    assert (event.client, event.offer.blob.sha256) == ("a", reference(blob).sha256)
+
+
+def test_a_repeated_offer_gets_the_same_receipt_again_and_is_not_fetched_twice(new_network):
+    network = new_network("a")
+    network.do("a", network.ends["a"].offer(a_result()))
+    network.run(lambda: network.seen("coordinator", UpdateArrived))
+    (event,) = network.seen("coordinator", UpdateArrived)
+    verdict = Verdict(accepted=False, reason="late", detail="x" * 900)
+    (receipt,) = network.ends["coordinator"].answer("a", event.offer, verdict)
+    repeated = Delivery(offers(network)[0].topic, offers(network)[0].payload)
+    for _ in range(3):
+        assert network.ends["coordinator"].handle(repeated, network.now) == ([receipt], [])
+    assert [action for action in network.ends["coordinator"].tick(1e6, 8) if parse(action.topic).kind == "need"] == []
+
+
+def test_an_identical_update_of_the_next_round_gets_its_own_verdict(new_network):
+    network = new_network("a")
+    for number, accepted in ((1, False), (2, True)):
+        network.do("a", network.ends["a"].offer(a_result(number)))
+        network.run(lambda number=number: len(network.seen("coordinator", UpdateArrived)) == number)
+        event = network.seen("coordinator", UpdateArrived)[-1]
+        network.do("coordinator", network.ends["coordinator"].answer("a", event.offer, Verdict(accepted=accepted)))
+        network.run(lambda number=number: len(network.seen("a", Answered)) == number)
+    assert [(e.receipt.round, e.receipt.accepted) for e in network.seen("a", Answered)] == [(1, False), (2, True)]
+
+
+def test_a_coordinator_that_lost_its_memory_takes_the_upload_anew(new_network):
+    network = new_network("a", max_packet=SMALL_PACKETS)
+    network.do("a", network.ends["a"].offer(a_result()))
+    network.run(lambda: any("/blob/" in message.topic for message in network.published))
+    network.ends["coordinator"] = type(network.ends["coordinator"])("fed", random.Random(1))
+    network.connect("coordinator")
+    network.run(lambda: network.seen("coordinator", UpdateArrived))
+
+
+def test_a_withdrawn_offer_falls_silent(new_network):
+    network = new_network("a")
+    network.ends["a"].offer(a_result())
+    network.step()
+    assert len(offers(network)) == 1
+    network.ends["a"].withdraw()
+    network.pass_time(70.0)
+    assert len(offers(network)) == 1

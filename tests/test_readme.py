@@ -1,0 +1,58 @@
+"""The README cannot go stale: its commands exist with their options, its tree is the tree, its files are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from clipcast.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every `clipcast ...` line of the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("clipcast ")]
+
+
+def test_every_command_and_option_exists() -> None:
+    found = commands()
+    assert len(found) >= 7
+    group = typer.main.get_command(app)
+    for words in found:
+        command, depth = group, 0
+        while hasattr(command, "commands"):
+            assert words[depth] in command.commands, words
+            command, depth = command.commands[words[depth]], depth + 1
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def test_the_tree_names_every_folder() -> None:
+    tree = README.split("## The tree")[1].split("```")[1]
+    named = {line.split("/")[0] for line in tree.strip().splitlines()}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "clipcast-"))}
+    assert named == folders - {"dist"}
+
+
+def test_links_and_scripts_exist() -> None:
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for script in re.findall(r"python (benchmarks/\S+\.py)", README):
+        assert (ROOT / script).exists(), script
+
+
+def test_no_figure_is_left_open() -> None:
+    assert "FIXME" not in README
+
+
+def test_the_help_names_all_commands() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert all(name in shown for name in ("coordinator", "client", "export", "infer", "profiles", "demo"))
