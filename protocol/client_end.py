@@ -17,8 +17,6 @@ from protocol.codec import decode_adapter, decode_bank, encode_update, reference
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
 from protocol.errors import WireError
 from protocol.messages import (
-    CHUNK_SIZE,
-    MIN_CHUNK_SIZE,
     Adapter,
     BlobRef,
     ClassBankManifest,
@@ -32,12 +30,10 @@ from protocol.messages import (
     TrainingResult,
 )
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import Fetch, Repeat, Serve
+from protocol.transfer import CHUNK_EXPIRY_S, Fetch, Repeat, Serve, chunk_size
 
 log = logging.getLogger(__name__)
 
-CHUNK_EXPIRY_S = 60
-PACKET_MARGIN = 512
 Record = TypeVar("Record")
 
 
@@ -104,7 +100,7 @@ class ClientEnd:
         self._id = client_id
         self._rng = rng
         self._status = Status(state="online")
-        self._chunk_size = CHUNK_SIZE
+        self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
         self._announced: RoundPlan | None = None
         self._bank: _Wanted[TextBank] | None = None
@@ -177,8 +173,7 @@ class ClientEnd:
         return actions
 
     def _connected(self, max_packet: int | None) -> list[Action]:
-        if max_packet is not None:
-            self._chunk_size = max(MIN_CHUNK_SIZE, min(CHUNK_SIZE, max_packet - PACKET_MARGIN))
+        self._chunk_size = chunk_size(max_packet)
         actions: list[Action] = [Subscribe(name) for name in self.topics.client_filters(self._id)]
         for wanted in (self._bank, self._adapter):
             if wanted is not None and wanted.record is None:

@@ -12,13 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
-from protocol.client_end import CHUNK_EXPIRY_S, PACKET_MARGIN
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
 from protocol.errors import WireError
 from protocol.messages import (
-    CHUNK_SIZE,
-    MIN_CHUNK_SIZE,
     Adapter,
     BlobRef,
     ClassBankManifest,
@@ -33,7 +30,7 @@ from protocol.messages import (
     Verdict,
 )
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import Fetch, Repeat, Serve
+from protocol.transfer import CHUNK_EXPIRY_S, Fetch, Repeat, Serve, chunk_size
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +101,7 @@ class CoordinatorEnd:
         self.bytes_up: Counter[str] = Counter()
         self._rng = rng
         self._max_update = max_update_bytes
-        self._chunk_size = CHUNK_SIZE
+        self._chunk_size = chunk_size(None)
         self._retained: dict[str, Manifest] = {}
         self._serves: dict[str, Serve] = {}
         self._clients: dict[str, _Client] = {}
@@ -171,8 +168,7 @@ class CoordinatorEnd:
         return [self._broadcast(manifest)]
 
     def _connected(self, max_packet: int | None) -> list[Action]:
-        if max_packet is not None:
-            self._chunk_size = max(MIN_CHUNK_SIZE, min(CHUNK_SIZE, max_packet - PACKET_MARGIN))
+        self._chunk_size = chunk_size(max_packet)
         actions: list[Action] = [Subscribe(name) for name in self.topics.coordinator_filters()]
         for state in self._clients.values():
             if state.fetch is not None:

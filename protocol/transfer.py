@@ -11,9 +11,18 @@ from dataclasses import dataclass, field
 
 from protocol.codec import sha256
 from protocol.errors import WireError
-from protocol.messages import BlobRef
+from protocol.messages import CHUNK_SIZE, MIN_CHUNK_SIZE, BlobRef
 
 UNLIMITED = 1 << 30
+CHUNK_EXPIRY_S = 60
+PACKET_MARGIN = 512
+
+
+def chunk_size(max_packet: int | None) -> int:
+    """Return how blobs are cut for a broker that takes packets of `max_packet` bytes (None: it names no limit)."""
+    if max_packet is None:
+        return CHUNK_SIZE
+    return max(MIN_CHUNK_SIZE, min(CHUNK_SIZE, max_packet - PACKET_MARGIN))
 
 
 def to_bitmap(indices: set[int], chunks: int) -> str:
