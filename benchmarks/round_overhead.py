@@ -35,9 +35,10 @@ from edge_client.config import Placement
 from edge_client.participate import participate
 from edge_client.participation import Participation
 from edge_client.train import Trainer
-from protocol.client_end import ClientEnd, PlanReady
+from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter
 from protocol.coordinator_end import CoordinatorEnd
+from protocol.events import PlanReady
 from protocol.link import Link
 from protocol.messages import Recipe, Status, TrainingResult, Update
 from protocol.mqtt import MqttBus

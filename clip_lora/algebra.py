@@ -63,7 +63,7 @@ def _truncate(left: Matrix, right: Matrix, rank: int) -> tuple[NDArray[np.float3
     """Return factors A (rank, in), B (out, rank) of the best approximation of left @ right, singular values split evenly."""
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
-    u, s, vt = np.linalg.svd(r_left @ r_right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
     # SVD leaves signs open: the largest entry of each left vector is made positive so that equal inputs give equal bits.
     signs = np.sign(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])])
     root = np.sqrt(s[:rank])
@@ -77,6 +77,6 @@ def _truncate(left: Matrix, right: Matrix, rank: int) -> tuple[NDArray[np.float3
 
 def _shares(weights: Sequence[float]) -> list[float]:
     total = float(sum(weights))
-    if not weights or total <= 0:
-        raise ValueError("a weighted mean needs at least one positive weight")
+    if not (0.0 < total < float("inf")) or min(weights) < 0:
+        raise ValueError("a weighted mean needs weights that are finite, not negative, and at least one positive weight")
     return [float(weight) / total for weight in weights]

@@ -120,17 +120,25 @@ def merge(tower: nn.Module, adapter: Adapter, factor: float) -> None:
     Give it a freshly loaded tower: nothing is changed unless every layer is found and finite.
     """
     changes: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for layer in layers(adapter):
+    try:
+        names = layers(adapter)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    for layer in names:
         try:
             module = tower.get_submodule(layer)
         except AttributeError as error:
             raise ModelError(f"the adapter changes {layer}, which this model does not have") from error
         if not isinstance(module, nn.Linear) or not module.weight.dtype.is_floating_point:
             raise ModelError(f"{layer} is quantised: merge into the full-precision base")
+        rows, columns = module.weight.shape
+        rank = adapter[f"{layer}.lora_A"].shape[0]
+        shapes = {f"{layer}.lora_A": (rank, columns), f"{layer}.lora_B": (rows, rank)}
+        check_shapes({name: adapter[name] for name in shapes}, shapes)
         change = torch.from_numpy(delta(adapter, layer, factor)).to(module.weight.device)
-        merged = module.weight.detach().double() + change
-        if merged.shape != module.weight.shape or not torch.isfinite(merged).all():
-            raise ModelError(f"merging {layer} gives values that are not finite or of another shape")
+        merged = (module.weight.detach().double() + change).to(module.weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ModelError(f"merging {layer} gives values that are not finite")
         changes.append((module.weight, merged))
     with torch.no_grad():
         for weight, merged in changes:

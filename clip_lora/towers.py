@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -101,7 +101,10 @@ def load_image_tower(name: str, bits: int, device: str = "cpu") -> CLIPVisionMod
         )
         quantised = {"quantization_config": config, "device_map": {"": device}}
     with loading(name):
-        tower = CLIPVisionModelWithProjection.from_pretrained(locate(name), dtype=dtype, attention_dropout=0.0, **quantised)
+        tower, report = CLIPVisionModelWithProjection.from_pretrained(
+            locate(name), dtype=dtype, attention_dropout=0.0, output_loading_info=True, **quantised
+        )
+        _check_complete(report)
     if bits == 32:
         tower = tower.to(device)
     return tower.requires_grad_(False).train()
@@ -110,8 +113,16 @@ def load_image_tower(name: str, bits: int, device: str = "cpu") -> CLIPVisionMod
 def load_text_tower(name: str, device: str = "cpu") -> tuple[CLIPTextModelWithProjection, Any]:
     """Return the text tower in float32, frozen, with its tokenizer; raises ModelError."""
     with loading(name):
-        tower = CLIPTextModelWithProjection.from_pretrained(locate(name), dtype=torch.float32)
-        return tower.to(device).requires_grad_(False).eval(), AutoTokenizer.from_pretrained(locate(name))
+        tower, report = CLIPTextModelWithProjection.from_pretrained(
+            locate(name), dtype=torch.float32, output_loading_info=True
+        )
+        _check_complete(report)
+        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+        if tokenizer("a")["input_ids"] == tokenizer("b")["input_ids"]:
+            raise ModelError(
+                f"model {name!r} comes without a usable tokenizer: tokenizer.json and its configuration are needed"
+            )
+        return tower.to(device).requires_grad_(False).eval(), tokenizer
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -119,6 +130,13 @@ def compute_dtype(device: str) -> torch.dtype:
     if not device.startswith("cuda"):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _check_complete(report: dict[str, Any]) -> None:
+    """Refuse weights that lack a part: transformers would fill it with random numbers."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"the weights lack {len(missing)} tensors that the model needs, first {missing[0]}")
 
 
 def _weights_file(source: str) -> Path:
@@ -146,7 +164,7 @@ def loading(name: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

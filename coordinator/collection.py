@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, check_offer, check_update, rejected
-from protocol.coordinator_end import CoordinatorEvent, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.events import CoordinatorEvent, OfferTooLarge, UpdateArrived, UpdateUnreadable
 from protocol.messages import Offer, RoundPlan, Verdict
 
 

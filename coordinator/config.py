@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from protocol.messages import Name, Recipe
-from protocol.settings import BrokerSettings, load_settings
+from protocol.settings import BrokerSettings, beside, load_settings, model_beside
 
 TEMPLATE = """\
 # clipcast coordinator. `clipcast coordinator run {file}` starts it.
@@ -59,7 +59,7 @@ class CoordinatorConfig(BaseModel):
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     aggregation: Literal["mean_of_factors", "mean_of_products"] = "mean_of_factors"
     seed: Annotated[int, Field(ge=0)] = 0
-    state: Path = Path("state")
+    state: Annotated[Path, Field(validate_default=True)] = Path("state")
     recipe: Recipe = Recipe()
     broker: BrokerSettings = BrokerSettings()
 
@@ -67,15 +67,21 @@ class CoordinatorConfig(BaseModel):
     @classmethod
     def _templates_have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
         for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} needs exactly one {{}} where the class name goes")
+            if (template.count("{}"), template.count("{"), template.count("}")) != (1, 1, 1):
+                raise ValueError(
+                    f"template {template!r} needs exactly one {{}} where the class name goes, and no other braces"
+                )
         return templates
 
     @field_validator("state")
     @classmethod
     def _relative_to_the_file(cls, state: Path, info: ValidationInfo) -> Path:
-        folder: Path | None = (info.context or {}).get("folder")
-        return state if folder is None else folder / state.expanduser()
+        return Path(beside(str(state), info))
+
+    @field_validator("model")
+    @classmethod
+    def _model_beside_the_file(cls, model: str, info: ValidationInfo) -> str:
+        return model_beside(model, info)
 
     @model_validator(mode="after")
     def _fits(self) -> CoordinatorConfig:

@@ -15,7 +15,8 @@ from coordinator.collection import Answer, Collection, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FederationError
 from coordinator.store import Refusal, RoundRecord, Store
-from protocol.coordinator_end import BrokerLink, ClientSeen, CoordinatorEnd, CoordinatorEvent
+from protocol.coordinator_end import CoordinatorEnd
+from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent
 from protocol.link import Link
 from protocol.messages import Adapter, RoundPlan, Status, TextBank
 
@@ -103,6 +104,7 @@ class Federation:
         """Serve the adapter and publish the plan."""
         plan = RoundPlan.model_validate(
             {
+                "run": self._store.run_id(),
                 "round": number,
                 "state": state,
                 "classes": classes,

@@ -3,10 +3,12 @@
 state/bank.safetensors            the newest class bank
 state/adapter-0000.safetensors    the adapter that round 1 starts from; adapter-0001 is what round 1 made, and so on
 state/rounds.jsonl                one line per round
+state/run                         the name of this run
 """
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,7 @@ from protocol.messages import Adapter, TextBank
 
 RECORDS = "rounds.jsonl"
 BANK = "bank.safetensors"
+RUN = "run"
 
 
 class Refusal(BaseModel):
@@ -65,7 +68,7 @@ class Store:
             return []
         try:
             return [RoundRecord.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValidationError as error:
+        except (ValidationError, UnicodeDecodeError) as error:
             raise FederationError(
                 f"{path} is damaged or of another version: move {self.folder} aside to start anew"
             ) from error
@@ -93,6 +96,13 @@ class Store:
     def adapter_path(self, number: int) -> Path:
         """Return where the adapter after round `number` is kept."""
         return self.folder / f"adapter-{number:04d}.safetensors"
+
+    def run_id(self) -> str:
+        """Return the name of this run of the federation: made once, kept with the state."""
+        path = self.folder / RUN
+        if not path.exists():
+            write_atomic(path, secrets.token_hex(8).encode())
+        return path.read_text(encoding="ascii")
 
     @property
     def bank_path(self) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from protocol.messages import Name
-from protocol.settings import BrokerSettings, load_settings
+from protocol.settings import BrokerSettings, beside, load_settings, model_beside
 
 DIGITS = "digits"
 
@@ -55,8 +55,12 @@ class ClientConfig(BaseModel):
     @field_validator("data")
     @classmethod
     def _relative_to_the_file(cls, data: str, info: ValidationInfo) -> str:
-        folder: Path | None = (info.context or {}).get("folder")
-        return data if data == DIGITS or folder is None else str(folder / Path(data).expanduser())
+        return data if data == DIGITS else beside(data, info)
+
+    @field_validator("model")
+    @classmethod
+    def _model_beside_the_file(cls, model: str | None, info: ValidationInfo) -> str | None:
+        return None if model is None else model_beside(model, info)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from edge_client.participation import Announce, Participation, Send, Step, Train, Withdraw
-from edge_client.train import Trainer
-from protocol.client_end import ClientEnd, ClientEvent
+from edge_client.train import Trainer, TrainingStopped
+from protocol.client_end import ClientEnd
+from protocol.events import ClientEvent
 from protocol.link import Link
 from protocol.messages import TrainingResult
 
@@ -33,7 +34,10 @@ def participate(
                     log.debug("%s", event)
                     steps += client.on(event)
                 if training is not None and training.done():
-                    if problem := training.exception():
+                    problem = training.exception()
+                    if isinstance(problem, TrainingStopped):
+                        break
+                    if problem is not None:
                         carry_out(client.failed(str(problem)), link, end)
                         raise problem
                     steps += client.trained(training.result())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.client_end import Answered, ClientEvent, Finished, LinkChanged, PlanReady
-from protocol.messages import Status, TrainingResult
+from protocol.events import Answered, ClientEvent, Finished, LinkChanged, PlanReady, Unreadable
+from protocol.messages import RoundPlan, Status, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Participation:
         self._status = status
         self._current: PlanReady | None = None
         self._training: PlanReady | None = None
-        self._answered: tuple[int, str] | None = None
+        self._sent: tuple[str, int, str, str] | None = None
+        self._answered: tuple[str, int, str, str] | None = None
 
     def on(self, event: ClientEvent) -> list[Step]:
         """Take in an event of the wire."""
@@ -56,18 +57,22 @@ class Participation:
                 self._current = None
                 return [Withdraw(), self._announce("waiting", plan.round, "federation finished")]
             case Answered(receipt=receipt):
-                self._answered = (receipt.round, self._base())
+                self._answered, self._sent = self._sent, None
                 verdict = "accepted" if receipt.accepted else f"rejected: {receipt.reason} {receipt.detail}".strip()
                 return [self._announce("waiting", receipt.round, f"update {verdict}"[:500])]
+            case Unreadable(problem=problem):
+                return [self._announce("failed", None, f"{problem}: the same clipcast on both sides?"[:500])]
             case LinkChanged():
                 return []
 
     def trained(self, result: TrainingResult) -> list[Step]:
         """Take in a finished training: it is sent if its round is still the current one."""
-        self._training = None
-        plan = self._current.plan if self._current else None
-        if plan is None or (plan.round, plan.adapter.sha256) != (result.round, result.base):
-            return self._planned(self._current) if self._current else []
+        trained, self._training = self._training, None
+        if trained is None or self._current is None:
+            return []
+        if _key(trained.plan) != _key(self._current.plan):
+            return self._planned(self._current)
+        self._sent = _key(trained.plan)
         return [Send(result), self._announce("uploading", result.round)]
 
     def failed(self, problem: str) -> list[Step]:
@@ -79,10 +84,13 @@ class Participation:
     def _planned(self, ready: PlanReady) -> list[Step]:
         self._current = ready
         plan = ready.plan
+        if self._sent == _key(plan):
+            return []  # said again, because the broker or the coordinator came back: the offer stands
+        self._sent = None
         steps: list[Step] = [Withdraw()]
         if self._id not in plan.participants:
             return [*steps, self._announce("waiting", plan.round, "not drawn for this round")]
-        if self._answered == (plan.round, plan.adapter.sha256) or self._training is not None:
+        if self._answered == _key(plan) or self._training is not None:
             return steps
         self._training = ready
         return [*steps, Train(ready), self._announce("training", plan.round)]
@@ -92,5 +100,6 @@ class Participation:
         self._status = Status.model_validate(fields)
         return Announce(self._status)
 
-    def _base(self) -> str:
-        return self._current.plan.adapter.sha256 if self._current else ""
+
+def _key(plan: RoundPlan) -> tuple[str, int, str, str]:
+    return (plan.run, plan.round, plan.classes, plan.adapter.sha256)

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from clip_lora.lora import PeftModel, adapter_state, attach, load_adapter
 from clip_lora.preprocess import Preprocessing, load_preprocessing
-from clip_lora.towers import load_config, load_image_tower, model_facts
+from clip_lora.towers import ModelFacts, load_config, load_image_tower, model_facts
 from edge_client.config import Placement
 from edge_client.data import Dataset, open_dataset
 from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
-from protocol.client_end import PlanReady
+from protocol.events import PlanReady
 from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingResult, Update
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Trainer:
         self._source = source
         self._placement = placement
         self._model = model
+        self._facts: ModelFacts | None = None
         self._encoder: ImageEncoder | None = None
         self._shape: tuple[object, ...] | None = None
         self._data: Dataset | None = None
@@ -83,15 +84,16 @@ class Trainer:
                 f"the federation trains rank {recipe.rank}, this device's profile allows {self._placement.max_rank}: lower "
                 f"rank in the coordinator's recipe, or name another profile"
             )
-        shape = (recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
+        name = self._model or bank.model
+        if self._facts is None or self._facts.name != name:
+            self._facts = model_facts(name)
+        if self._facts.digest != bank.model_digest:
+            raise UnfitPlanError(
+                f"model {name!r} here has weights {self._facts.digest[:12]}, the federation trains {bank.model!r} with "
+                f"{bank.model_digest[:12]}: install the same weights on this device, or set `model` to them"
+            )
+        shape = (name, recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
         if self._encoder is None or shape != self._shape:
-            name = self._model or bank.model
-            facts = model_facts(name)
-            if facts.digest != bank.model_digest:
-                raise UnfitPlanError(
-                    f"model {name!r} here has weights {facts.digest[:12]}, the federation trains {bank.model!r} with "
-                    f"{bank.model_digest[:12]}: install the same weights on this device, or set `model` to them"
-                )
             self._encoder, self._shape = ImageEncoder(name, self._placement.bits, self._placement.device, recipe), shape
         if self._data is None or self._classes != bank.classes:
             self._data = open_dataset(self._source, bank.classes, self._encoder.preprocessing)

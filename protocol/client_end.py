@@ -12,10 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pydantic import ValidationError
+
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
 from protocol.codec import decode_adapter, decode_bank, encode_update, reference
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
-from protocol.errors import WireError
+from protocol.errors import BusError, WireError
+from protocol.events import Answered, ClientEvent, Finished, LinkChanged, PlanReady, Unreadable
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -37,40 +40,6 @@ log = logging.getLogger(__name__)
 Record = TypeVar("Record")
 
 
-@dataclass(frozen=True)
-class PlanReady:
-    """A round plan has arrived whole: with its class bank and its global adapter."""
-
-    plan: RoundPlan
-    bank: TextBank
-    adapter: Adapter
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The federation is over; its last adapter need not be fetched."""
-
-    plan: RoundPlan
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The coordinator's verdict on our update."""
-
-    receipt: Receipt
-
-
-@dataclass(frozen=True)
-class LinkChanged:
-    """The link to the broker came up or went down."""
-
-    up: bool
-    reason: str = ""
-
-
-ClientEvent = PlanReady | Finished | Answered | LinkChanged
-
-
 @dataclass
 class _Wanted(Generic[Record]):
     """A record that a manifest points to: being fetched, or here."""
@@ -82,6 +51,10 @@ class _Wanted(Generic[Record]):
     @property
     def ref(self) -> BlobRef:
         return self.fetch.ref
+
+    def is_for(self, ref: BlobRef) -> bool:
+        """Whether this is the blob of `ref`: here already, or being fetched in chunks of that size."""
+        return self.ref.sha256 == ref.sha256 if self.record is not None else self.ref == ref
 
 
 @dataclass
@@ -102,7 +75,7 @@ class ClientEnd:
         self._status = Status(state="online")
         self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
-        self._announced: RoundPlan | None = None
+        self._announced: tuple[str, int, str, str] | None = None
         self._bank: _Wanted[TextBank] | None = None
         self._adapter: _Wanted[Adapter] | None = None
         self._upload: _Upload | None = None
@@ -124,16 +97,20 @@ class ClientEnd:
         """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if not finite."""
         blob = encode_update(result.update)
         ref = reference(blob, self._chunk_size)
-        offer = Offer(
-            round=result.round,
-            base=result.base,
-            blob=ref,
-            samples=result.samples,
-            loss=result.loss,
-            accuracy=result.accuracy,
-            train_seconds=result.train_seconds,
-            bytes_received=self.bytes_received,
-        )
+        try:
+            offer = Offer(
+                round=result.round,
+                base=result.base,
+                blob=ref,
+                samples=result.samples,
+                loss=result.loss,
+                accuracy=result.accuracy,
+                train_seconds=result.train_seconds,
+                bytes_received=self.bytes_received,
+            )
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise WireError(f"a result whose {problem['loc'][0]} cannot be offered: {problem['msg']}") from error
         self._upload = _Upload(offer, Serve(blob, ref), Repeat(self._rng))
         self.bytes_received = 0
         return []
@@ -173,7 +150,12 @@ class ClientEnd:
         return actions
 
     def _connected(self, max_packet: int | None) -> list[Action]:
-        self._chunk_size = chunk_size(max_packet)
+        try:
+            self._cut_anew(chunk_size(max_packet))
+        except WireError as error:
+            raise BusError(
+                f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
+            ) from error
         actions: list[Action] = [Subscribe(name) for name in self.topics.client_filters(self._id)]
         for wanted in (self._bank, self._adapter):
             if wanted is not None and wanted.record is None:
@@ -183,8 +165,20 @@ class ClientEnd:
             self._upload.repeat.again()
         return [*actions, self._publish_status(self._status)]
 
+    def _cut_anew(self, size: int) -> None:
+        """Cut the upload for a broker that takes packets of another size."""
+        if size == self._chunk_size:
+            return
+        self._chunk_size = size
+        if self._upload is not None:
+            ref = reference(self._upload.serve.blob, size)
+            self._upload.offer = self._upload.offer.model_copy(update={"blob": ref})
+            self._upload.serve = Serve(self._upload.serve.blob, ref)
+
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
         if address.federation != self.topics.federation or address.direction == "from":
+            return [], []
+        if address.client not in (None, self._id):
             return [], []
         if address.kind == "blob":
             assert address.sha256 is not None
@@ -209,17 +203,20 @@ class ClientEnd:
                 return [], []
 
     def _classes(self, manifest: ClassBankManifest) -> tuple[list[Action], list[ClientEvent]]:
-        if self._bank is not None and self._bank.ref.sha256 == manifest.blob.sha256:
+        if self._bank is not None and self._bank.is_for(manifest.blob):
             return [], []
         actions = self._stop_fetching(self._bank)
         self._bank = _Wanted(Fetch(manifest.blob, Repeat(self._rng)), decode_bank)
         return [*actions, Subscribe(self.topics.blob_filter(manifest.blob.sha256))], []
 
     def _round(self, plan: RoundPlan) -> tuple[list[Action], list[ClientEvent]]:
+        known = self._plan
+        if known is not None and plan.run == known.run and plan.round < known.round:
+            return [], []  # an old plan that comes again
         self._plan = plan
         if plan.state == "finished":
             return [], [Finished(plan)]
-        if self._adapter is not None and self._adapter.ref.sha256 == plan.adapter.sha256:
+        if self._adapter is not None and self._adapter.is_for(plan.adapter):
             return [], self._ready()
         actions = self._stop_fetching(self._adapter)
         self._adapter = _Wanted(Fetch(plan.adapter, Repeat(self._rng)), decode_adapter)
@@ -237,9 +234,21 @@ class ClientEnd:
                 blob = wanted.fetch.blob()
                 if blob is None:
                     return [], []
-                wanted.record = wanted.read(blob)
-                return [Unsubscribe(self.topics.blob_filter(digest))], self._ready()
+                done: list[Action] = [Unsubscribe(self.topics.blob_filter(digest))]
+                try:
+                    wanted.record = wanted.read(blob)
+                except WireError as error:
+                    self._forget(wanted)
+                    return done, [Unreadable(str(error))]
+                return done, self._ready()
         return [], []
+
+    def _forget(self, wanted: object) -> None:
+        """Give up a blob that has arrived whole but cannot be read: asking again would bring the same bytes."""
+        if wanted is self._bank:
+            self._bank = None
+        else:
+            self._adapter = None
 
     def _ready(self) -> list[ClientEvent]:
         """Report the plan once, when all that it names is here."""
@@ -253,9 +262,12 @@ class ClientEnd:
             or adapter.record is None
         ):
             return []
-        if plan == self._announced or bank.ref.sha256 != plan.classes or adapter.ref.sha256 != plan.adapter.sha256:
+        if bank.ref.sha256 != plan.classes or adapter.ref.sha256 != plan.adapter.sha256:
             return []
-        self._announced = plan
+        what = (plan.run, plan.round, plan.classes, plan.adapter.sha256)
+        if what == self._announced:
+            return []
+        self._announced = what
         return [PlanReady(plan, bank.record, adapter.record)]
 
     def _needed(self, need: Need, now: float) -> None:

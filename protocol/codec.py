@@ -10,11 +10,11 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -32,8 +32,12 @@ def sha256(data: bytes) -> str:
 
 
 def reference(blob: bytes, chunk_size: int = CHUNK_SIZE) -> BlobRef:
-    """Return the reference by which a manifest names `blob`."""
-    return BlobRef(sha256=sha256(blob), size=len(blob), chunk_size=chunk_size)
+    """Return the reference by which a manifest names `blob`; raises WireError if it is too large for such chunks."""
+    try:
+        return BlobRef(sha256=sha256(blob), size=len(blob), chunk_size=chunk_size)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise WireError(f"a blob of {len(blob)} bytes cannot travel in chunks of {chunk_size}: {problem}") from error
 
 
 def encode_adapter(adapter: Adapter) -> bytes:
@@ -65,7 +69,7 @@ class _BankFacts(BaseModel):
     version: int
     classes: list[str]
     templates: list[str]
-    logit_scale: float
+    logit_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     model: str
     model_digest: str
 
@@ -76,11 +80,13 @@ def decode_bank(blob: bytes) -> TextBank:
     try:
         facts = _BankFacts.model_validate_json(metadata.get("bank", ""))
     except ValidationError as error:
-        raise WireError(f"class bank with unreadable metadata: {error.errors()[0]['msg']}") from error
+        raise WireError(
+            f"class bank with unreadable metadata: {error.errors()[0]['loc']} {error.errors()[0]['msg']}"
+        ) from error
     embeddings = _take(arrays, "embeddings", np.float32, 2)
     if len(facts.classes) != len(embeddings) or not facts.classes:
         raise WireError(f"class bank names {len(facts.classes)} classes but holds {len(embeddings)} embeddings")
-    if not np.allclose(np.linalg.norm(embeddings, axis=1), 1.0, atol=1e-3):
+    if not np.allclose(np.linalg.norm(embeddings.astype(np.float64), axis=1), 1.0, atol=1e-3):
         raise WireError("class bank holds embeddings that are not of unit length")
     return TextBank(
         facts.version,
@@ -95,6 +101,8 @@ def decode_bank(blob: bytes) -> TextBank:
 
 def encode_update(update: Update) -> bytes:
     """Update -> blob: factors and prototypes as float16, features as int8 with one scale a row (half a KB at 512-d)."""
+    if not np.all(np.isfinite(update.features)):
+        raise WireError("features hold values that are not finite: training diverged, lower the learning rate")
     scale = np.max(np.abs(update.features), axis=1, initial=0.0, keepdims=True) / INT8_STEPS
     scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
     arrays = {f"adapter.{name}": array for name, array in _pack_adapter(update.adapter).items()}
@@ -121,6 +129,8 @@ def decode_update(blob: bytes) -> Update:
     labels = _take(arrays, "labels", np.int32, 1)
     if not len(prototypes) == len(classes) == len(counts) or not len(features) == len(scales) == len(labels):
         raise WireError("update whose prototypes, counts, features and labels differ in number")
+    if not np.all((scales > 0) & (scales <= 1.0)):
+        raise WireError("update whose feature scales are not above 0 and at most 1")
     return Update(
         _unpack_adapter(adapter),
         prototypes.astype(np.float32),
@@ -191,7 +201,7 @@ def _metadata(blob: bytes) -> dict[str, str]:
     try:
         metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
         metadata = json.loads(metadata["clipcast"]) if "clipcast" in metadata else metadata
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise WireError("safetensors header is not JSON") from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WireError("safetensors metadata is not a map of strings")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
-from protocol.errors import WireError
+from protocol.errors import BusError, WireError
+from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent, OfferTooLarge, UpdateArrived, UpdateUnreadable
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -26,7 +27,6 @@ from protocol.messages import (
     RoundPlan,
     Status,
     TextBank,
-    Update,
     Verdict,
 )
 from protocol.topics import Address, Topics, parse
@@ -36,52 +36,6 @@ log = logging.getLogger(__name__)
 
 GATHER_S = 0.05
 UPLOAD_WINDOW = 16
-
-
-@dataclass(frozen=True)
-class ClientSeen:
-    """A client announced itself, or its last will did."""
-
-    client: str
-    status: Status
-
-
-@dataclass(frozen=True)
-class UpdateArrived:
-    """An upload is complete and its hash is right."""
-
-    client: str
-    offer: Offer
-    update: Update
-
-
-@dataclass(frozen=True)
-class UpdateUnreadable:
-    """An upload is complete but cannot be read."""
-
-    client: str
-    offer: Offer
-    problem: str
-
-
-@dataclass(frozen=True)
-class OfferTooLarge:
-    """A client offered more bytes than an update may have; nothing was fetched."""
-
-    client: str
-    offer: Offer
-    problem: str
-
-
-@dataclass(frozen=True)
-class BrokerLink:
-    """The link to the broker came up or went down."""
-
-    up: bool
-    reason: str = ""
-
-
-CoordinatorEvent = ClientSeen | UpdateArrived | UpdateUnreadable | OfferTooLarge | BrokerLink
 
 
 @dataclass
@@ -168,12 +122,30 @@ class CoordinatorEnd:
         return [self._broadcast(manifest)]
 
     def _connected(self, max_packet: int | None) -> list[Action]:
-        self._chunk_size = chunk_size(max_packet)
+        try:
+            self._cut_anew(chunk_size(max_packet))
+        except WireError as error:
+            raise BusError(
+                f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
+            ) from error
         actions: list[Action] = [Subscribe(name) for name in self.topics.coordinator_filters()]
         for state in self._clients.values():
             if state.fetch is not None:
                 state.fetch.repeat.again()
         return [*actions, *(self._broadcast(manifest) for manifest in self._retained.values())]
+
+    def _cut_anew(self, size: int) -> None:
+        """Cut what is served for a broker that takes packets of another size, and say so in the retained manifests."""
+        if size == self._chunk_size:
+            return
+        self._chunk_size = size
+        for slot, serve in list(self._serves.items()):
+            ref = self._serve(slot, serve.blob)
+            match self._retained.get(slot):
+                case ClassBankManifest() as manifest:
+                    self._retained[slot] = manifest.model_copy(update={"blob": ref})
+                case RoundPlan() as plan if plan.adapter.sha256 == ref.sha256:
+                    self._retained[slot] = plan.model_copy(update={"adapter": ref})
 
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[CoordinatorEvent]]:
         client = address.client

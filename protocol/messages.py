@@ -20,6 +20,7 @@ Adapter = dict[str, FloatArray]
 CHUNK_SIZE = 64 * 1024
 MIN_CHUNK_SIZE = 1024
 MAX_BLOB_SIZE = 256 * 1024 * 1024
+MAX_CHUNKS = 32_768  # a bitmap of so many bits, in hex, fits a manifest
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")]
@@ -43,6 +44,14 @@ class BlobRef(BaseModel):
     sha256: Sha256
     size: Annotated[int, Field(ge=1, le=MAX_BLOB_SIZE)]
     chunk_size: Annotated[int, Field(ge=MIN_CHUNK_SIZE, le=CHUNK_SIZE)] = CHUNK_SIZE
+
+    @model_validator(mode="after")
+    def _bitmap_fits(self) -> BlobRef:
+        if self.chunks > MAX_CHUNKS:
+            raise ValueError(
+                f"{self.size} bytes in chunks of {self.chunk_size} make {self.chunks}, at most {MAX_CHUNKS} travel"
+            )
+        return self
 
     @property
     def chunks(self) -> int:
@@ -84,9 +93,14 @@ class ClassBankManifest(Manifest):
 
 
 class RoundPlan(Manifest):
-    """What a client needs to take part in a round. `classes` is the hash of the bank it must train against."""
+    """What a client needs to take part in a round.
+
+    `run` names one run of the federation, from its first round to its last, restarts of the coordinator included; within
+    it rounds only rise. `classes` is the hash of the bank to train against.
+    """
 
     kind: ClassVar[str] = "round"
+    run: Name
     round: Count
     state: Literal["open", "finished"]
     classes: Sha256

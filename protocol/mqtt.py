@@ -8,6 +8,7 @@ paho's callbacks only enqueue.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import random
@@ -33,6 +34,7 @@ WINDOW = 8
 PACKET_OVERHEAD = 64
 RETRY_BASE_S = 1.0
 RETRY_CAP_S = 60.0
+NO_ANSWER = "no answer"
 FOREVER_REFUSED = ("Not authorized", "Bad user name or password", "Client identifier not valid", "Banned")
 
 
@@ -57,7 +59,7 @@ class MqttBus:
         self._lost = threading.Event()
         self._settled = threading.Event()
         self._closing = threading.Event()
-        self._trouble = "no answer"
+        self._trouble = NO_ANSWER
         self._thread = threading.Thread(target=self._stay_connected, name=f"mqtt[{client_id}]", daemon=True)
 
     @classmethod
@@ -126,8 +128,8 @@ class MqttBus:
         self._closing.set()
         if client is not None and connected:
             if last:
-                info = client.publish(last.topic, last.payload, qos=1, retain=last.retain)
-                info.wait_for_publish(2.0)
+                with contextlib.suppress(RuntimeError, ValueError):  # the link may go down just now: then the will speaks
+                    client.publish(last.topic, last.payload, qos=1, retain=last.retain).wait_for_publish(2.0)
             client.disconnect()
         if self._thread.is_alive():
             self._thread.join(self._settings.connect_timeout_s + 5.0)
@@ -151,7 +153,7 @@ class MqttBus:
             self._inbox.put(Disconnected(self._trouble))
             if self._trouble in FOREVER_REFUSED:
                 self._settled.set()
-            bound = min(RETRY_CAP_S, RETRY_BASE_S * 2.0**tries)
+            bound = min(RETRY_CAP_S, RETRY_BASE_S * 2.0 ** min(tries, 32))
             tries += 1
             self._closing.wait(random.uniform(0.05, bound))
 
@@ -193,6 +195,7 @@ class MqttBus:
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
         if self._settings.username:
             client.username_pw_set(self._settings.username, self._password)
         if self._tls:
@@ -226,12 +229,21 @@ class MqttBus:
         self, _client: Client, _data: Any, _flags: DisconnectFlags, code: ReasonCode, _properties: Properties | None
     ) -> None:
         self._connected = False
-        if code.is_failure:
+        if code.is_failure and self._taken_in:  # before that, the broker's own reason is the better one
             self._trouble = str(code)
+        elif code.is_failure and self._trouble == NO_ANSWER:
+            self._trouble = "it ended the connection without a word; does it ask for credentials or a client certificate?"
         self._lost.set()
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
         self._inbox.put(Delivery(message.topic, bytes(message.payload)))
+
+    def _on_subscribe(
+        self, _client: Client, _data: Any, _mid: int, codes: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        for code in codes:
+            if code.is_failure:
+                log.error("broker %s refused a subscription: %s. Check its access rules", self._settings.url, code)
 
     def _on_publish(self, _client: Client, _data: Any, mid: int, code: ReasonCode, _properties: Properties) -> None:
         self._acknowledged.append(mid)

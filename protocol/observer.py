@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from protocol.bus import Action, Connected, Delivery, Event, Subscribe
-from protocol.coordinator_end import ClientSeen
 from protocol.envelope import decode, expect
 from protocol.errors import WireError
+from protocol.events import ClientSeen
 from protocol.messages import Status
 from protocol.topics import Topics, parse
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,9 +39,17 @@ class BrokerSettings(BaseModel):
     @classmethod
     def _url_has_scheme_and_host(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme not in PORTS or not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError(f"{url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+        extra = parts.username or parts.password or parts.query or parts.fragment or parts.path not in ("", "/")
+        if parts.scheme not in PORTS or not parts.hostname or extra or not _port_is_valid(url):
+            raise ValueError(
+                f"{url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]; user and password have keys of their own"
+            )
         return url
+
+    @field_validator("password_file", "ca_file", "cert_file", "key_file")
+    @classmethod
+    def _relative_to_the_file(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return None if path is None else Path(beside(str(path), info))
 
     @model_validator(mode="after")
     def _certificates_need_tls(self) -> BrokerSettings:
@@ -68,6 +76,17 @@ class BrokerSettings(BaseModel):
         return parts.port or PORTS[parts.scheme]
 
 
+def beside(path: str, info: ValidationInfo) -> str:
+    """Return a path of a settings file relative to that file's folder; for validators."""
+    folder: Path | None = (info.context or {}).get("folder")
+    return path if folder is None else str(folder / Path(path).expanduser())
+
+
+def model_beside(name: str, info: ValidationInfo) -> str:
+    """Return a model's name as it is, or its folder, if it is written as a path, relative to the settings file."""
+    return beside(name, info) if name.startswith((".", "~", "/")) else name
+
+
 def load_settings(path: Path, schema: type[Settings], command: str) -> Settings:
     """Read `path` as `schema`. Relative paths inside are relative to the file. `command` is what would make a new one.
 
@@ -84,6 +103,13 @@ def load_settings(path: Path, schema: type[Settings], command: str) -> Settings:
     except ValidationError as error:
         lines = [_explain(problem["loc"], problem["msg"], problem["type"]) for problem in error.errors()]
         raise SettingsError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _port_is_valid(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:

@@ -18,9 +18,8 @@ from protocol.errors import WireError
 
 ROOT = "clipcast"
 VERSION = "1"
-NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
-SHA256 = re.compile(r"^[0-9a-f]{64}$")
-MAX_CHUNK_INDEX = 99_999
+NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}\Z")
+SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
 
 Direction = Literal["all", "to", "from"]
 

@@ -58,7 +58,7 @@ class Repeat:
         """Tell whether to speak now, and if so schedule the next time."""
         if now < self._next:
             return False
-        span = min(self.cap, self.base * 2.0**self._tries)
+        span = min(self.cap, self.base * 2.0 ** min(self._tries, 32))
         self._tries += 1
         self._next = now + span * (0.5 + 0.5 * self.rng.random())
         return True

@@ -64,4 +64,7 @@ def _disjoint(labels: NDArray[np.int32], clients: int, rng: np.random.Generator)
     classes = rng.permutation(np.unique(labels))
     if len(classes) < clients:
         raise SettingsError(f"{len(classes)} classes cannot be shared out among {clients} clients without overlap")
-    return [np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, clients)]
+    parts = [np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, clients)]
+    if min(map(len, parts)) < MIN_SAMPLES:
+        raise SettingsError(f"a client's classes hold fewer than {MIN_SAMPLES} pictures: take fewer clients")
+    return parts

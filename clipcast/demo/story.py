@@ -24,7 +24,7 @@ from coordinator.store import RoundRecord, Store
 from edge_client.infer import Classifier
 from export.artefact import Source, export_artefact
 from protocol.codec import decode_adapter, decode_bank
-from protocol.coordinator_end import ClientSeen
+from protocol.events import ClientSeen
 from protocol.files import write_atomic
 from protocol.link import Link
 from protocol.messages import Adapter, TextBank

@@ -136,7 +136,6 @@ def test_a_folder_without_weights_is_a_model_error(load, model_copy):
 
 
 @pytest.mark.parametrize("load", [model_facts, lambda name: load_image_tower(name, 4)], ids=["facts", "tower"])
-@pytest.mark.xfail(strict=True, reason="loading() does not catch safetensors.SafetensorError")
 def test_a_truncated_weights_file_is_a_model_error(load, model_copy):
     file = model_copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100_000])
@@ -144,7 +143,6 @@ def test_a_truncated_weights_file_is_a_model_error(load, model_copy):
         load(str(model_copy))
 
 
-@pytest.mark.xfail(strict=True, reason="loading() does not catch safetensors.SafetensorError")
 def test_weights_without_a_logit_scale_are_a_model_error(model_copy):
     rewrite_weights(model_copy, lambda name: name != "logit_scale")
     with pytest.raises(ModelError, match="logit_scale"):
@@ -153,14 +151,12 @@ def test_weights_without_a_logit_scale_are_a_model_error(model_copy):
 
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("lost", ["vision_model.", "visual_projection.", "vision_model.encoder.layers.3.mlp.fc1.weight"])
-@pytest.mark.xfail(strict=True, reason="transformers fills missing weights with random numbers and its report is silenced")
 def test_weights_that_lack_a_part_of_the_image_tower_are_a_model_error(model_copy, bits, lost):
     rewrite_weights(model_copy, lambda name: not name.startswith(lost))
     with pytest.raises(ModelError):
         load_image_tower(str(model_copy), bits)
 
 
-@pytest.mark.xfail(strict=True, reason="AutoTokenizer makes an empty tokenizer: every class gets the same embedding")
 def test_a_folder_without_a_tokenizer_is_a_model_error(model_copy):
     (model_copy / "tokenizer.json").unlink()
     (model_copy / "tokenizer_config.json").unlink()

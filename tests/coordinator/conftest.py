@@ -31,6 +31,7 @@ def shapes() -> Shapes:
 @pytest.fixture(scope="session")
 def plan() -> RoundPlan:
     return RoundPlan(
+        run="run-1",
         round=3,
         state="open",
         classes="c" * 64,

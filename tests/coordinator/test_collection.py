@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coordinator.aggregate import aggregate
 from coordinator.collection import Collection, refuse_all
 from protocol.codec import encode_adapter
-from protocol.coordinator_end import BrokerLink, ClientSeen, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.events import BrokerLink, ClientSeen, OfferTooLarge, UpdateArrived, UpdateUnreadable
 from protocol.messages import Status
 
 START = 1000.0

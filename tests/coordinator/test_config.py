@@ -33,7 +33,6 @@ def test_a_minimal_file_is_enough(write):
     assert (config.classes, config.model, config.templates) == (("cat", "dog"), "tiny-clip", ("a photo of a {}",))
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic does not validate defaults: without `state` the cwd decides")
 def test_the_default_state_folder_is_relative_to_the_file_too(write, tmp_path):
     assert load(write(MINIMAL)).state == tmp_path / "state"
 
@@ -43,7 +42,6 @@ def test_the_state_folder_is_relative_to_the_file_unless_it_is_absolute(write, t
     assert load(write(MINIMAL + 'state = "/var/lib/lab"\n')).state == Path("/var/lib/lab")
 
 
-@pytest.mark.xfail(strict=True, reason="load_settings promises it; BrokerSettings resolves no path, so the cwd decides")
 def test_the_brokers_files_are_relative_to_the_file(write, tmp_path):
     config = load(write(MINIMAL + '[broker]\nurl = "mqtts://h"\npassword_file = "password.txt"\nca_file = "ca.pem"\n'))
     assert config.broker.password_file == tmp_path / "password.txt"
@@ -87,7 +85,6 @@ def test_every_problem_of_a_file_is_reported_at_once(write):
 
 
 @pytest.mark.parametrize("template", ["a {} of {style}", "{} in a {", "{} }"], ids=["named", "open", "closed"])
-@pytest.mark.xfail(strict=True, reason="only {} is counted: str.format fails on the other braces in make_bank")
 def test_a_template_that_cannot_be_filled_is_refused(write, template):
     with pytest.raises(SettingsError, match="template"):
         load(write(MINIMAL + f'templates = ["{template}"]\n'))

@@ -101,7 +101,6 @@ def test_damaged_records_are_refused_with_the_file_and_the_cure(after_two_rounds
         after_two_rounds.resume(shapes)
 
 
-@pytest.mark.xfail(strict=True, reason="Store.records does not catch UnicodeDecodeError")
 def test_records_overwritten_with_binary_are_refused_with_the_file_and_the_cure(after_two_rounds, shapes):
     (after_two_rounds.folder / "rounds.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FederationError, match=r"rounds\.jsonl is damaged"):

@@ -211,9 +211,6 @@ def test_a_header_that_is_no_map_of_strings_is_refused(header):
 
 
 @pytest.mark.parametrize("metadata", [None, 5, ["clipcast"], "clipcast", {"clipcast": 5}])
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="codec._metadata lets a TypeError out: a client can crash the coordinator"
-)
 def test_metadata_that_is_no_map_of_strings_is_refused(metadata):
     with pytest.raises(WireError, match="safetensors"):
         decode_update(with_header({"__metadata__": metadata}))
@@ -232,9 +229,6 @@ def test_factors_and_prototypes_that_float16_cannot_hold_do_not_travel(value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.xfail(
-    strict=True, reason="encode_update does not check features: NaN becomes int8 garbage with a RuntimeWarning"
-)
 def test_features_that_are_not_finite_do_not_travel(value):
     with pytest.raises(WireError, match="features"), np.errstate(all="ignore"):
         encode_update(dataclasses.replace(an_update(), features=np.full((3, 4), value, np.float32)))
@@ -249,7 +243,6 @@ def test_an_update_whose_arrays_differ_in_number_is_refused(name):
 
 
 @pytest.mark.parametrize("scale", [float("inf"), 3e38])
-@pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="decode_update multiplies by whatever scale came: numpy warns")
 def test_feature_scales_that_are_not_sane_make_no_noise(scale):
     blob = encode_update(dataclasses.replace(an_update(), features=np.array([[0.0, 127.0]] * 3, np.float32)))
     ones = np.ones(3, np.float32).tobytes()
@@ -267,10 +260,7 @@ def test_a_bank_whose_names_and_embeddings_differ_in_number_is_refused():
         decode_bank(encode_bank(a_bank(classes=0)))
 
 
-huge = pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="the norm overflows float32: numpy warns")
-
-
-@pytest.mark.parametrize("value", [0.0, 0.9, 2.0, float("nan"), float("inf"), pytest.param(1e30, marks=huge)])
+@pytest.mark.parametrize("value", [0.0, 0.9, 2.0, float("nan"), float("inf"), 1e30])
 def test_a_bank_with_embeddings_that_are_not_of_unit_length_is_refused(value):
     embeddings = np.eye(2, 3, dtype=np.float32)
     embeddings[0, 0] = value
@@ -278,7 +268,6 @@ def test_a_bank_with_embeddings_that_are_not_of_unit_length_is_refused(value):
         decode_bank(encode_bank(dataclasses.replace(a_bank(), embeddings=embeddings)))
 
 
-@pytest.mark.xfail(strict=True, reason="_BankFacts.logit_scale lets NaN in; encode_bank lets a bare ValueError out")
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_bank_whose_logit_scale_is_not_finite_is_refused(scale):
     blob = BLOBS["bank"]

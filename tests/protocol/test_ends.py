@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.bus import Connected, Delivery, Publish
-from protocol.client_end import Answered, ClientEnd, Finished, PlanReady
+from protocol.client_end import ClientEnd
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference
-from protocol.coordinator_end import ClientSeen, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.coordinator_end import GATHER_S
 from protocol.envelope import COORDINATOR, Envelope, encode
+from protocol.events import Answered, ClientSeen, Finished, OfferTooLarge, PlanReady, UpdateArrived, UpdateUnreadable
 from protocol.messages import (
     MIN_CHUNK_SIZE,
     ClassBankManifest,
@@ -30,6 +31,7 @@ from protocol.messages import (
     Verdict,
 )
 from protocol.topics import Topics, parse
+from protocol.transfer import to_bitmap
 
 TOPICS = Topics("fed")
 SMALL_PACKETS = 1600  # chunks of 1088 bytes: a few dozen a blob
@@ -56,6 +58,7 @@ def a_result(number: int = 1, seed: int = 1) -> TrainingResult:
 
 def a_plan(adapter_ref, bank_ref, number: int = 1, state: str = "open") -> RoundPlan:
     return RoundPlan(
+        run="run-1",
         round=number,
         state=state,
         classes=bank_ref.sha256,
@@ -76,7 +79,7 @@ def open_round(network, number: int = 1, bank: TextBank | None = None, seed: int
     return plan
 
 
-def from_coordinator(topic: str, manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
+def manifest_on(topic: str, manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
     return Delivery(topic, encode(Envelope(federation, sender, manifest)))
 
 
@@ -136,12 +139,12 @@ def test_manifests_may_come_in_any_order(order):
     upload = reference(encode_update(a_result().update), SMALL_PACKETS - 512)
     bank_ref, adapter_ref = (reference(blob, MIN_CHUNK_SIZE) for blob in blobs.values())
     deliveries = {
-        "classes": from_coordinator(TOPICS.broadcast("classes"), ClassBankManifest(version=1, blob=bank_ref)),
-        "round": from_coordinator(TOPICS.broadcast("round"), a_plan(adapter_ref, bank_ref)),
-        "receipt": from_coordinator(
+        "classes": manifest_on(TOPICS.broadcast("classes"), ClassBankManifest(version=1, blob=bank_ref)),
+        "round": manifest_on(TOPICS.broadcast("round"), a_plan(adapter_ref, bank_ref)),
+        "receipt": manifest_on(
             TOPICS.to("a", "receipt"), Receipt(round=1, sha256=upload.sha256, accepted=True, reason="accepted")
         ),
-        "need": from_coordinator(TOPICS.to("a", "need"), Need(sha256=upload.sha256, missing="80")),
+        "need": manifest_on(TOPICS.to("a", "need"), Need(sha256=upload.sha256, missing="80")),
     }
     events, chunks = [], []
     for kind in order:
@@ -168,13 +171,16 @@ def test_a_finished_federation_is_told_without_its_last_adapter(new_network):
 
 
 def test_a_broadcast_chunk_is_published_once_for_all_who_ask_within_the_gather_time(new_network):
-    network = new_network("a", "b", "c", max_packet=SMALL_PACKETS)
-    network.published.clear()
-    open_round(network)
-    network.run(lambda: all(network.seen(name, PlanReady) for name in "abc"))
-    chunks = [message.topic for message in network.published if parse(message.topic).kind == "blob"]
-    assert len(chunks) > 6
-    assert len(chunks) == len(set(chunks))
+    network = new_network(max_packet=SMALL_PACKETS)
+    end = network.ends["coordinator"]
+    ref, _ = end.publish_bank(a_bank())
+    for moment, (client, asked) in enumerate({"a": {0, 1}, "b": {1, 2}, "c": {0, 2, 3}}.items()):
+        need = Need(sha256=ref.sha256, missing=to_bitmap(asked, ref.chunks))
+        now = 1.0 + moment * GATHER_S / 4
+        end.handle(manifest_on(TOPICS.from_(client, "need"), need, sender=client), now)
+        assert end.tick(now, 99) == []
+    assert [parse(action.topic).index for action in end.tick(1.0 + GATHER_S, 99)] == [0, 1, 2, 3]
+    assert end.tick(9.0, 99) == []
 
 
 def test_retained_manifests_are_published_again_after_a_reconnection(new_network):

@@ -13,7 +13,7 @@ from protocol.errors import WireError
 from protocol.messages import (
     CHUNK_SIZE,
     MAX_BLOB_SIZE,
-    MIN_CHUNK_SIZE,
+    MAX_CHUNKS,
     BlobRef,
     ClassBankManifest,
     Need,
@@ -31,7 +31,10 @@ counts = st.integers(0, 2**40)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 refs = st.builds(
-    BlobRef, sha256=digests, size=st.integers(1, MAX_BLOB_SIZE), chunk_size=st.integers(MIN_CHUNK_SIZE, CHUNK_SIZE)
+    BlobRef,
+    sha256=digests,
+    size=st.integers(1, MAX_BLOB_SIZE),
+    chunk_size=st.integers(MAX_BLOB_SIZE // MAX_CHUNKS, CHUNK_SIZE),
 )
 recipes = st.builds(
     Recipe,
@@ -45,6 +48,7 @@ MANIFESTS = {
     "classes": st.builds(ClassBankManifest, version=counts, blob=refs),
     "round": st.builds(
         RoundPlan,
+        run=names,
         round=counts,
         state=st.sampled_from(["open", "finished"]),
         classes=digests,
@@ -80,6 +84,7 @@ MANIFESTS = {
     ),
 }
 PLAN = RoundPlan(
+    run="run-1",
     round=1,
     state="open",
     classes=SHA,

@@ -103,7 +103,7 @@ def test_the_last_retained_message_greets_a_late_subscriber(broker, connect, lis
     assert next_event(late) == Delivery("t/r", b"new")
 
 
-def test_the_last_will_is_spoken_for_a_process_that_was_killed(broker, listen):
+def test_the_last_will_is_spoken_and_kept_for_a_process_that_was_killed(broker, listen, connect):
     listener = listen(broker, "status/#")
     doomed = subprocess.Popen(
         [sys.executable, "-c", DOOMED, broker],
@@ -115,6 +115,9 @@ def test_the_last_will_is_spoken_for_a_process_that_was_killed(broker, listen):
         assert doomed.stdout.readline() == b"connected\n"
         doomed.send_signal(signal.SIGKILL)
     assert next_event(listener) == Delivery("status/doomed", b"gone")
+    late = connect(broker, "late")
+    late.do(Subscribe("status/#"))
+    assert all(isinstance(event, Connected) for event in await_event(late, Delivery("status/doomed", b"gone")))
 
 
 def test_who_leaves_in_good_order_says_good_bye_and_no_last_will(broker, connect, listen):

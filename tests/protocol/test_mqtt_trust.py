@@ -75,10 +75,6 @@ def test_the_right_password_is_let_in(guarded, tmp_path):
     assert_carries(open_bus(guarded, username="me", password_file=tmp_path / "password"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_on_disconnect replaces 'Not authorized' by paho's 'Protocol error', so open waits and says the wrong thing",
-)
 def test_a_wrong_password_is_refused_with_the_brokers_reason(guarded, tmp_path):
     (tmp_path / "password").write_text("guess\n")
     with pytest.raises(BusError, match=r"Not authorized|Bad user name or password"):

@@ -82,9 +82,6 @@ def test_a_url_that_is_no_brokers_is_refused(url):
 @pytest.mark.parametrize(
     "url", ["mqtt://x:99999", "mqtt://x:port", "mqtt://me:secret@x", "mqtt://x?keepalive=5", "mqtt://x#f"]
 )
-@pytest.mark.xfail(
-    strict=True, reason="_url_has_scheme_and_host checks neither port nor user, query and fragment, which are lost"
-)
 def test_a_url_with_parts_that_would_be_ignored_is_refused(url):
     with pytest.raises(ValueError, match="is not mqtt://HOST"):
         BrokerSettings(url=url)
@@ -104,9 +101,6 @@ def test_a_url_gives_host_port_and_encryption(url, host, port, tls):
     assert (broker.host, broker.port, broker.tls) == (host, port, tls)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BrokerSettings ignores context['folder']: its relative paths depend on the working folder"
-)
 def test_relative_paths_of_the_brokers_files_are_relative_to_the_settings_file(read, tmp_path):
     broker = read(
         'name = "a"\n[broker]\nurl = "mqtts://x"\npassword_file = "password"\nca_file = "tls/ca.pem"\n'

@@ -1,0 +1,94 @@
+"""What the two ends tell their actors: the wire's happenings as frozen records, without topics or bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.messages import Adapter, Offer, Receipt, RoundPlan, Status, TextBank, Update
+
+
+@dataclass(frozen=True)
+class PlanReady:
+    """A round plan has arrived whole: with its class bank and its global adapter."""
+
+    plan: RoundPlan
+    bank: TextBank
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The federation is over; its last adapter need not be fetched."""
+
+    plan: RoundPlan
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A class bank or adapter arrived whole but is not what this version can read."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The coordinator's verdict on our update."""
+
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class LinkChanged:
+    """The link to the broker came up or went down."""
+
+    up: bool
+    reason: str = ""
+
+
+ClientEvent = PlanReady | Finished | Unreadable | Answered | LinkChanged
+
+
+@dataclass(frozen=True)
+class ClientSeen:
+    """A client announced itself, or its last will did."""
+
+    client: str
+    status: Status
+
+
+@dataclass(frozen=True)
+class UpdateArrived:
+    """An upload is complete and its hash is right."""
+
+    client: str
+    offer: Offer
+    update: Update
+
+
+@dataclass(frozen=True)
+class UpdateUnreadable:
+    """An upload is complete but cannot be read."""
+
+    client: str
+    offer: Offer
+    problem: str
+
+
+@dataclass(frozen=True)
+class OfferTooLarge:
+    """A client offered more bytes than an update may have; nothing was fetched."""
+
+    client: str
+    offer: Offer
+    problem: str
+
+
+@dataclass(frozen=True)
+class BrokerLink:
+    """The link to the broker came up or went down."""
+
+    up: bool
+    reason: str = ""
+
+
+CoordinatorEvent = ClientSeen | UpdateArrived | UpdateUnreadable | OfferTooLarge | BrokerLink

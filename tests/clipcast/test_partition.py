@@ -1,0 +1,138 @@
+"""Who gets which pictures: everything is given away once, by the rule that was asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipcast.demo.partition import MIN_SAMPLES, parse_partition, split
+from protocol.settings import SettingsError
+
+PARTITIONS = ("iid", "disjoint", "dirichlet:0.1", "dirichlet:0.5", "dirichlet:100")
+
+
+def labels_of(size=400, classes=10, seed=0):
+    return np.random.default_rng(seed).integers(0, classes, size).astype(np.int32)
+
+
+def shares(labels, part, classes=10):
+    return np.bincount(labels[part], minlength=classes) / len(part)
+
+
+@settings(deadline=None, max_examples=40)
+@given(partition=st.sampled_from(PARTITIONS), clients=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_together_the_clients_have_every_picture_and_none_twice(partition, clients, seed):
+    labels = labels_of(seed=seed)
+    parts = split(labels, clients, partition, seed)
+    assert len(parts) == clients
+    assert sorted(int(index) for part in parts for index in part) == list(range(400))
+    assert all((np.diff(part) > 0).all() for part in parts)
+
+
+@settings(deadline=None, max_examples=30)
+@given(alpha=st.sampled_from([0.05, 0.1, 0.3, 1.0, 50.0]), clients=st.integers(2, 6), seed=st.integers(0, 1000))
+def test_every_client_of_a_dirichlet_draw_has_at_least_ten(alpha, clients, seed):
+    parts = split(labels_of(seed=seed), clients, f"dirichlet:{alpha}", seed)
+    assert min(map(len, parts)) >= MIN_SAMPLES == 10
+
+
+@pytest.mark.parametrize("clients", [2, 3, 10])
+def test_disjoint_clients_share_no_class_and_each_has_some(clients):
+    labels = labels_of()
+    owned = [set(labels[part].tolist()) for part in split(labels, clients, "disjoint", 0)]
+    assert all(owned)
+    assert set.union(*owned) == set(range(10))
+    assert not any(one & other for one, other in itertools.combinations(owned, 2))
+
+
+def test_iid_parts_differ_in_size_by_one_at_most_and_have_all_classes():
+    labels = labels_of(401)
+    parts = split(labels, 4, "iid", 0)
+    assert sorted(map(len, parts)) == [100, 100, 100, 101]
+    assert all(shares(labels, part).max() < 0.25 for part in parts)
+
+
+def test_a_small_alpha_is_more_skewed_than_a_large_one_and_a_large_one_nears_iid():
+    labels = labels_of(2000)
+
+    def skew(partition):
+        return np.mean([shares(labels, part).max() for seed in range(5) for part in split(labels, 4, partition, seed)])
+
+    assert skew("dirichlet:0.1") > 2 * skew("dirichlet:100")
+    assert skew("dirichlet:1000") == pytest.approx(skew("iid"), abs=0.05)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_seed_decides(partition):
+    labels = labels_of()
+
+    def bits(seed):
+        return [part.tobytes() for part in split(labels, 3, partition, seed)]
+
+    assert bits(4) == bits(4)
+    assert bits(4) != bits(5)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("iid", ("iid", 0.0)),
+        ("disjoint", ("disjoint", 0.0)),
+        ("dirichlet:0.3", ("dirichlet", 0.3)),
+        ("dirichlet:1e-3", ("dirichlet", 0.001)),
+    ],
+)
+def test_what_can_be_asked_for(text, parsed):
+    assert parse_partition(text) == parsed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "IID",
+        "iid:1",
+        "disjoint:2",
+        "dirichlet",
+        "dirichlet:",
+        "dirichlet:0",
+        "dirichlet:-1",
+        "dirichlet:nan",
+        "dirichlet:inf",
+    ],
+)
+def test_what_cannot_be_asked_for_is_named_with_what_can(text):
+    with pytest.raises(SettingsError) as caught:
+        split(labels_of(), 2, text, 0)
+    assert repr(text) in str(caught.value)
+    assert "iid, disjoint or dirichlet:ALPHA" in str(caught.value)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_too_few_pictures_are_refused_with_both_numbers(partition):
+    with pytest.raises(SettingsError, match="39 pictures are too few for 4 clients"):
+        split(labels_of(39), 4, partition, 0)
+
+
+def test_as_many_pictures_as_needed_are_enough():
+    assert [len(part) for part in split(labels_of(40), 4, "iid", 0)] == [10, 10, 10, 10]
+
+
+def test_more_clients_than_classes_cannot_be_disjoint():
+    with pytest.raises(SettingsError, match="3 classes cannot be shared out among 4 clients"):
+        split(labels_of(classes=3), 4, "disjoint", 0)
+
+
+def test_an_alpha_that_never_gives_everybody_ten_is_refused_with_the_cure():
+    with pytest.raises(SettingsError, match=r"no Dirichlet\(1e-06\) draw .* raise ALPHA"):
+        split(np.zeros(100, np.int32), 3, "dirichlet:1e-6", 0)
+
+
+def test_a_disjoint_client_with_fewer_than_ten_pictures_is_refused():
+    labels = np.array([0] * 50 + [1] * 2, np.int32)
+    with pytest.raises(SettingsError):
+        split(labels, 2, "disjoint", 0)

@@ -1,0 +1,243 @@
+"""A client's part as a state machine, through every order of events."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_client.participation import Announce, Participation, Send, Train, Withdraw
+from protocol.codec import reference
+from protocol.events import Answered, Finished, LinkChanged, PlanReady, Unreadable
+from protocol.messages import Receipt, Recipe, RoundPlan, Status, TextBank, TrainingResult, Update
+
+BANK = TextBank(1, ("cat", "dog"), ("a {}",), np.eye(2, 4, dtype=np.float32), 14.0, "tiny-clip", "d" * 64)
+NOTHING = Update({}, np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0, np.int32))
+
+
+def ready(number, invited=True, base=None, **fields):
+    plan = RoundPlan(
+        run="0123456789abcdef",
+        round=number,
+        state="open",
+        classes="c" * 64,
+        adapter=reference(base or b"adapter %d" % number),
+        participants=("ann", "bob") if invited else ("bob",),
+        recipe=Recipe(),
+        seed=0,
+        deadline_s=60.0,
+    )
+    return PlanReady(plan.model_copy(update=fields), BANK, {})
+
+
+def finished(number):
+    return Finished(ready(number).plan.model_copy(update={"state": "finished", "participants": ()}))
+
+
+def result_of(event):
+    return TrainingResult(event.plan.round, event.plan.adapter.sha256, NOTHING, 10, 0.5, 0.5, 1.0)
+
+
+def answered(event, accepted=True, reason="accepted"):
+    return Answered(Receipt(round=event.plan.round, sha256="a" * 64, accepted=accepted, reason=reason, detail="why"))
+
+
+@pytest.fixture
+def client():
+    return Participation("ann", Status(state="online", profile="generic-cpu", bits=4, device="cpu"))
+
+
+def kinds(steps):
+    return [type(step) for step in steps]
+
+
+def phase(steps):
+    status = steps[-1].status
+    return status.phase, status.round, status.detail
+
+
+def trains(steps):
+    return [step.ready for step in steps if isinstance(step, Train)]
+
+
+def test_a_plan_that_names_this_client_withdraws_trains_and_says_so(client):
+    steps = client.on(ready(1))
+    assert kinds(steps) == [Withdraw, Train, Announce]
+    assert trains(steps) == [ready(1)]
+    assert phase(steps) == ("training", 1, "")
+
+
+def test_a_plan_for_others_is_waited_out(client):
+    steps = client.on(ready(1, invited=False))
+    assert kinds(steps) == [Withdraw, Announce]
+    assert phase(steps) == ("waiting", 1, "not drawn for this round")
+
+
+def test_a_finished_training_is_sent(client):
+    client.on(ready(1))
+    steps = client.trained(result_of(ready(1)))
+    assert kinds(steps) == [Send, Announce]
+    assert steps[0].result == result_of(ready(1))
+    assert phase(steps) == ("uploading", 1, "")
+
+
+def test_a_status_keeps_what_the_device_is(client):
+    status = client.on(ready(1))[-1].status
+    assert (status.state, status.profile, status.bits, status.device) == ("online", "generic-cpu", 4, "cpu")
+
+
+@pytest.mark.parametrize(("accepted", "told"), [(True, "update accepted"), (False, "update rejected: not-finite why")])
+def test_a_receipt_ends_the_round_and_is_announced(client, accepted, told):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    steps = client.on(answered(ready(1), accepted, "accepted" if accepted else "not-finite"))
+    assert kinds(steps) == [Announce]
+    assert phase(steps) == ("waiting", 1, told)
+
+
+def test_the_plan_of_an_answered_update_is_not_trained_again(client):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    client.on(answered(ready(1)))
+    assert trains(client.on(ready(1))) == []
+    assert trains(client.on(ready(2))) == [ready(2)]
+
+
+def test_the_next_round_from_the_same_adapter_is_another_plan(client):
+    client.on(ready(1, base=b"same"))
+    client.trained(result_of(ready(1, base=b"same")))
+    client.on(answered(ready(1, base=b"same")))
+    assert trains(client.on(ready(2, base=b"same"))) == [ready(2, base=b"same")]
+
+
+def test_a_duplicate_plan_during_training_starts_nothing_and_its_result_is_sent(client):
+    client.on(ready(1))
+    assert kinds(client.on(ready(1))) == [Withdraw]
+    assert kinds(client.trained(result_of(ready(1)))) == [Send, Announce]
+
+
+def test_a_duplicate_plan_while_the_update_travels_is_ignored(client):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    assert client.on(ready(1)) == []
+
+
+def test_a_newer_plan_during_training_drops_the_old_result_and_starts_the_new_one(client):
+    client.on(ready(1))
+    assert trains(client.on(ready(2))) == []
+    steps = client.trained(result_of(ready(1)))
+    assert trains(steps) == [ready(2)]
+    assert Send not in kinds(steps)
+    assert kinds(client.trained(result_of(ready(2)))) == [Send, Announce]
+
+
+def test_of_several_newer_plans_only_the_last_is_trained(client):
+    client.on(ready(1))
+    for number in (2, 3, 4):
+        assert trains(client.on(ready(number))) == []
+    assert trains(client.trained(result_of(ready(1)))) == [ready(4)]
+
+
+def test_a_newer_plan_for_others_drops_the_old_result(client):
+    client.on(ready(1))
+    assert phase(client.on(ready(2, invited=False)))[0] == "waiting"
+    steps = client.trained(result_of(ready(1)))
+    assert kinds(steps) == [Withdraw, Announce]
+    assert trains(client.on(ready(3))) == [ready(3)]
+
+
+def test_a_plan_with_another_class_bank_but_the_same_adapter_drops_the_old_result(client):
+    client.on(ready(1))
+    changed = ready(1, classes="e" * 64)
+    client.on(changed)
+    steps = client.trained(result_of(ready(1)))
+    assert Send not in kinds(steps)
+    assert trains(steps) == [changed]
+
+
+def test_a_finished_federation_drops_the_result_and_a_new_plan_starts_again(client):
+    client.on(ready(1))
+    steps = client.on(finished(1))
+    assert kinds(steps) == [Withdraw, Announce]
+    assert phase(steps) == ("waiting", 1, "federation finished")
+    assert client.trained(result_of(ready(1))) == []
+    assert trains(client.on(ready(2))) == [ready(2)]
+
+
+def test_a_failed_training_is_announced_with_its_reason_and_round(client):
+    client.on(ready(3))
+    steps = client.failed("no such folder " * 100)
+    assert kinds(steps) == [Announce]
+    assert phase(steps) == ("failed", 3, ("no such folder " * 100)[:500])
+
+
+def test_a_message_that_cannot_be_read_is_announced_and_stops_no_training(client):
+    client.on(ready(1))
+    steps = client.on(Unreadable("a plan of another version"))
+    assert kinds(steps) == [Announce]
+    assert phase(steps)[0] == "failed"
+    assert "a plan of another version" in phase(steps)[2]
+    assert kinds(client.trained(result_of(ready(1)))) == [Send, Announce]
+
+
+def test_the_first_round_of_a_new_run_from_the_same_adapter_is_another_plan(client):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    client.on(answered(ready(1)))
+    again = ready(1, run="fedcba9876543210")
+    assert trains(client.on(again)) == [again]
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_link_that_comes_or_goes_changes_nothing(client, up):
+    client.on(ready(1))
+    assert client.on(LinkChanged(up=up)) == []
+    assert kinds(client.trained(result_of(ready(1)))) == [Send, Announce]
+
+
+ORDERS = st.lists(
+    st.one_of(
+        st.tuples(st.just("plan"), st.integers(1, 4), st.booleans()),
+        st.tuples(st.sampled_from(["finished", "answered", "refused", "link", "trained", "failed"])),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(order=ORDERS)
+def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_current_plan_are_sent(order):
+    client = Participation("ann", Status(state="online"))
+    running: PlanReady | None = None
+    current: PlanReady | None = None
+    sent: PlanReady | None = None
+    for what, *details in order:
+        match what:
+            case "plan":
+                current, sent = ready(*details), None
+                steps = client.on(current)
+            case "finished":
+                current, sent = None, None
+                steps = client.on(finished(4))
+            case "answered" | "refused" if sent is not None:
+                steps, sent = client.on(answered(sent, accepted=what == "answered")), None
+            case "link":
+                steps = client.on(LinkChanged(up=True))
+            case "trained" | "failed" if running is not None:
+                steps = client.trained(result_of(running)) if what == "trained" else client.failed("broken")
+                ended, running = running, None
+                due = what == "trained" and current is not None and current.plan.adapter == ended.plan.adapter
+                assert any(isinstance(step, Send) for step in steps) == due
+            case _:
+                continue
+        for step in steps:
+            if isinstance(step, Train):
+                assert running is None, "two trainings at once"
+                assert step.ready == current, "trains a plan that is not the current one"
+                assert "ann" in step.ready.plan.participants, "trains without being drawn"
+                running = step.ready
+            elif isinstance(step, Send):
+                assert current is not None
+                assert (step.result.round, step.result.base) == (current.plan.round, current.plan.adapter.sha256)
+                sent = current

@@ -1,0 +1,129 @@
+"""A round on a device: the same bits for the same plan, and refusals when the plan is not for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from clip_lora.errors import ModelError
+from coordinator.checks import Expectation, check_update
+from coordinator.text_bank import make_bank
+from edge_client.errors import DataError, UnfitPlanError
+from edge_client.train import TrainingStopped
+from protocol.codec import decode_update, encode_update
+
+
+def never():
+    return False
+
+
+@pytest.fixture(scope="module")
+def result(make_trainer, make_ready, bank):
+    return make_trainer().run(make_ready(bank), never)
+
+
+def test_an_update_is_what_the_coordinator_expects(result, make_ready, bank):
+    ready = make_ready(bank)
+    shapes = {name: array.shape for name, array in ready.adapter.items()}
+    update = decode_update(encode_update(result.update))
+    assert check_update(update, Expectation(ready.plan, shapes, 256, 3)).accepted
+    assert (result.round, result.base, result.samples) == (1, ready.plan.adapter.sha256, 24)
+    assert update.prototype_counts.sum() == 24
+    assert any((update.adapter[name] != array).any() for name, array in ready.adapter.items())
+
+
+def test_the_same_plan_gives_the_same_bits_from_a_new_trainer_and_from_a_used_one(result, make_trainer, make_ready, bank):
+    trainer = make_trainer()
+    first = encode_update(trainer.run(make_ready(bank), never).update)
+    assert first == encode_update(result.update)
+    trainer.run(make_ready(bank, number=2), never)
+    assert encode_update(trainer.run(make_ready(bank), never).update) == first
+
+
+@pytest.mark.parametrize(("client", "number"), [("bob", 1), ("ann", 2)], ids=["another-client", "another-round"])
+def test_another_client_or_round_takes_other_steps(result, make_trainer, make_ready, bank, client, number):
+    other = make_trainer(client).run(make_ready(bank, number=number), never)
+    assert encode_update(other.update) != encode_update(result.update)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_device_trains_with_the_bits_it_is_given(make_trainer, make_ready, bank, recipe, bits):
+    encoder, _ = make_trainer(bits=bits).prepare(bank, recipe)
+    kinds = {type(module).__name__ for module in encoder.model.modules()}
+    assert ("Linear4bit" in kinds, "Linear8bitLt" in kinds) == (bits == 4, bits == 8)
+    update = make_trainer(bits=bits).run(make_ready(bank), never).update
+    assert all(np.isfinite(array).all() for array in update.adapter.values())
+
+
+def test_a_stopped_run_can_be_run_again_to_the_same_bits(result, make_trainer, make_ready, bank):
+    trainer, answers = make_trainer(), iter([False, True])
+    with pytest.raises(TrainingStopped):
+        trainer.run(make_ready(bank), lambda: next(answers))
+    assert encode_update(trainer.run(make_ready(bank), never).update) == encode_update(result.update)
+
+
+def test_model_and_pictures_are_loaded_once_for_many_rounds(make_trainer, make_ready, bank, recipe):
+    trainer = make_trainer()
+    first = trainer.prepare(bank, recipe)
+    trainer.run(make_ready(bank), never)
+    second = trainer.prepare(bank, recipe.model_copy(update={"learning_rate": 1e-4, "batch_size": 4}))
+    assert first[0] is second[0]
+    assert first[1] is second[1]
+
+
+def test_another_rank_gets_another_adapter_on_the_same_pictures(make_trainer, make_ready, bank, recipe):
+    trainer = make_trainer()
+    trainer.run(make_ready(bank), never)
+    _, pictures = trainer.prepare(bank, recipe)
+    wider = recipe.model_copy(update={"rank": 6, "projections": ("v_proj",), "first_block": 4})
+    update = trainer.run(make_ready(bank, wider), never).update
+    assert {array.shape for array in update.adapter.values()} == {(6, 192), (192, 6)}
+    assert len(update.adapter) == 4
+    assert trainer.prepare(bank, wider)[1] is pictures
+
+
+def test_classes_in_another_order_relabel_the_pictures(make_trainer, bank, recipe):
+    trainer = make_trainer()
+    _, data = trainer.prepare(bank, recipe)
+    assert data.labels.tolist() == [1] * 8 + [2] * 8 + [0] * 8  # folders in order of name: one, two, zero
+    turned = make_bank("tiny-clip", tuple(reversed(bank.classes)), ["a photo of a {}"])
+    assert trainer.prepare(turned, recipe)[1].labels.tolist() == [1] * 8 + [0] * 8 + [2] * 8
+
+
+def test_other_weights_than_the_federations_are_refused_naming_both(make_trainer, bank, recipe):
+    with pytest.raises(UnfitPlanError) as caught:
+        make_trainer().prepare(replace(bank, model_digest="f" * 64), recipe)
+    assert "f" * 12 in str(caught.value)
+    assert bank.model_digest[:12] in str(caught.value)
+
+
+def test_a_later_bank_of_other_weights_is_refused_too(make_trainer, bank, recipe):
+    trainer = make_trainer()
+    trainer.prepare(bank, recipe)
+    with pytest.raises(UnfitPlanError):
+        trainer.prepare(replace(bank, model_digest="f" * 64), recipe)
+
+
+def test_a_rank_above_the_profiles_is_refused_and_one_equal_to_it_is_not(make_trainer, bank, recipe):
+    trainer = make_trainer(max_rank=4)
+    trainer.prepare(bank, recipe)
+    with pytest.raises(UnfitPlanError, match="rank 5, this device's profile allows 4"):
+        trainer.prepare(bank, recipe.model_copy(update={"rank": 5}))
+
+
+def test_a_local_copy_of_the_model_is_used_instead_of_the_federations_name(make_trainer, bank, recipe, tmp_path):
+    elsewhere = replace(bank, model="lab/private-clip")
+    encoder, _ = make_trainer(model="tiny-clip").prepare(elsewhere, recipe)
+    assert encoder.name == "tiny-clip"
+    with pytest.raises(ModelError, match=r"config\.json"):
+        make_trainer(model=str(tmp_path)).prepare(elsewhere, recipe)
+
+
+def test_pictures_that_do_not_fit_the_bank_stop_the_round_with_the_reason(make_trainer, make_ready, tmp_path):
+    other = make_bank("tiny-clip", ("cat", "dog"), ["a photo of a {}"])
+    with pytest.raises(DataError, match="'one', 'two', 'zero'"):
+        make_trainer().run(make_ready(other), never)
+    with pytest.raises(DataError, match="no such folder"):
+        make_trainer(source=str(tmp_path / "absent")).run(make_ready(other), never)
