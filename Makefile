@@ -26,15 +26,15 @@ bench: $(VENV)/.dev  ## the figures that README.md quotes
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
-	touch $@
+	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[demo]'
-	touch $@
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
-	touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) clipcast-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

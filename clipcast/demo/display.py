@@ -44,7 +44,7 @@ class LiveTable:
         """Show what is going on besides the rounds."""
         self._note = text
         if not self._console.is_terminal:
-            self._console.print(text)
+            self._console.print(text, soft_wrap=True)
         self._refresh()
 
     def round(self, row: Row, clients: int) -> None:
@@ -61,7 +61,9 @@ class LiveTable:
         )
         self._rows.append(cells)
         if not self._console.is_terminal:
-            self._console.print("  ".join(f"{head}: {cell}" for head, cell in zip(HEADS, cells, strict=True)))
+            self._console.print(
+                "  ".join(f"{head}: {cell}" for head, cell in zip(HEADS, cells, strict=True)), soft_wrap=True
+            )
         self._refresh()
 
     def _refresh(self) -> None:

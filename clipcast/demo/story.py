@@ -45,7 +45,8 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
     layout = lay_out(settings)
     console.print(
         f"{layout.train_pictures} pictures of {len(layout.classes)} classes for {settings.clients} clients "
-        f"({settings.partition}), {layout.held_out_pictures} held out. Everything is written to {settings.out}"
+        f"({settings.partition}), {layout.held_out_pictures} held out. Everything is written to {settings.out}",
+        soft_wrap=True,
     )
     store = Store(settings.out / "state")
     title = f"Federation of {settings.clients} clients, {settings.bits}-bit tiny-clip"
@@ -90,7 +91,7 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
         print(json.dumps(report))  # noqa: T201 - the command's output
     show_report(console, report)
     for name in ("report.json", "rounds.png", "model.onnx"):
-        console.print(f"wrote {settings.out / name}")
+        console.print(f"wrote {settings.out / name}", soft_wrap=True)
     picture = next(iter(sorted(layout.held_out.rglob("*.*"))))
     console.print(f"Next: clipcast infer {settings.out / 'model.onnx'} {picture}", soft_wrap=True)
     return report

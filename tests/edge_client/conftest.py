@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
 from clip_lora.towers import load_config
@@ -22,6 +23,15 @@ CLASSES = ("zero", "one", "two")
 RECIPE = Recipe(local_steps=3, batch_size=8, features_per_class=2)
 MakeReady = Callable[..., PlanReady]
 MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny-clip gains nothing from a second thread, and waits for it long when other work has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
