@@ -38,12 +38,14 @@ class Federation:
         self._end = end
         self._store = store
         self._online: dict[str, Status] = {}
+        self._run, self._start = "", 0
         self._shapes: Shapes = adapter_shapes(load_config(config.model), "vision", config.recipe)
 
     def run(self) -> Iterator[RoundRecord]:
         """Yield a record after each round; raises FederationError when the federation cannot go on."""
         self._await_link()
         number, adapter = self._store.resume(self._shapes)
+        self._run, self._start = self._store.begin()
         if adapter is None:
             adapter = initial_adapter(self._shapes, self._config.seed)
             self._store.save_adapter(0, adapter)
@@ -104,7 +106,8 @@ class Federation:
         """Serve the adapter and publish the plan."""
         plan = RoundPlan.model_validate(
             {
-                "run": self._store.run_id(),
+                "run": self._run,
+                "start": self._start,
                 "round": number,
                 "state": state,
                 "classes": classes,

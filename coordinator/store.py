@@ -3,7 +3,7 @@
 state/bank.safetensors            the newest class bank
 state/adapter-0000.safetensors    the adapter that round 1 starts from; adapter-0001 is what round 1 made, and so on
 state/rounds.jsonl                one line per round
-state/run                         the name of this run
+state/run                         the name of this run, and how often the coordinator was started in it
 """
 
 from __future__ import annotations
@@ -97,12 +97,14 @@ class Store:
         """Return where the adapter after round `number` is kept."""
         return self.folder / f"adapter-{number:04d}.safetensors"
 
-    def run_id(self) -> str:
-        """Return the name of this run of the federation: made once, kept with the state."""
+    def begin(self) -> tuple[str, int]:
+        """Return the name of this run of the federation, made once, and how often the coordinator was started in it."""
         path = self.folder / RUN
-        if not path.exists():
-            write_atomic(path, secrets.token_hex(8).encode())
-        return path.read_text(encoding="ascii")
+        run, _, starts = (
+            path.read_text(encoding="ascii").partition(" ") if path.exists() else (secrets.token_hex(8), "", "0")
+        )
+        write_atomic(path, f"{run} {int(starts) + 1}".encode())
+        return run, int(starts) + 1
 
     @property
     def bank_path(self) -> Path:

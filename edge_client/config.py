@@ -26,7 +26,7 @@ data = "{data}"
 # bits = 4                       # 4, 8 or 32: overrides the profile
 # batch_size = 16                # upper limit for this device; the federation's recipe may ask for less
 # threads = 2                    # CPU threads for training
-# device = "cpu"                 # "cpu" or "cuda"; without it a GPU is used if torch sees one
+# device = "cuda"                # "cpu" or "cuda"; without it the profile decides
 # model = "/opt/models/clip"     # a local copy of the federation's model; without it the federation's name is loaded
 
 [broker]

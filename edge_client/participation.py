@@ -37,6 +37,15 @@ class Announce:
 Step = Train | Send | Withdraw | Announce
 
 
+@dataclass(frozen=True)
+class _Done:
+    """A finished training, its plan, and for which start of the coordinator it was last sent."""
+
+    result: TrainingResult
+    key: tuple[str, int, str, str]
+    start: int
+
+
 class Participation:
     """One client's part in a federation. It trains at most one plan at a time, and each plan once."""
 
@@ -45,8 +54,7 @@ class Participation:
         self._status = status
         self._current: PlanReady | None = None
         self._training: PlanReady | None = None
-        self._sent: tuple[str, int, str, str] | None = None
-        self._answered: tuple[str, int, str, str] | None = None
+        self._done: _Done | None = None
 
     def on(self, event: ClientEvent) -> list[Step]:
         """Take in an event of the wire."""
@@ -57,7 +65,6 @@ class Participation:
                 self._current = None
                 return [Withdraw(), self._announce("waiting", plan.round, "federation finished")]
             case Answered(receipt=receipt):
-                self._answered, self._sent = self._sent, None
                 verdict = "accepted" if receipt.accepted else f"rejected: {receipt.reason} {receipt.detail}".strip()
                 return [self._announce("waiting", receipt.round, f"update {verdict}"[:500])]
             case Unreadable(problem=problem):
@@ -66,14 +73,14 @@ class Participation:
                 return []
 
     def trained(self, result: TrainingResult) -> list[Step]:
-        """Take in a finished training: it is sent if its round is still the current one."""
+        """Take in a finished training: it is sent if its plan is still the current one."""
         trained, self._training = self._training, None
         if trained is None or self._current is None:
             return []
-        if _key(trained.plan) != _key(self._current.plan):
+        plan = self._current.plan
+        if _key(trained.plan) != _key(plan):
             return self._planned(self._current)
-        self._sent = _key(trained.plan)
-        return [Send(result), self._announce("uploading", result.round)]
+        return self._send(result, plan)
 
     def failed(self, problem: str) -> list[Step]:
         """Take in a failed training: everybody is told why."""
@@ -83,17 +90,20 @@ class Participation:
 
     def _planned(self, ready: PlanReady) -> list[Step]:
         self._current = ready
-        plan = ready.plan
-        if self._sent == _key(plan):
-            return []  # said again, because the broker or the coordinator came back: the offer stands
-        self._sent = None
-        steps: list[Step] = [Withdraw()]
+        plan, done = ready.plan, self._done
         if self._id not in plan.participants:
-            return [*steps, self._announce("waiting", plan.round, "not drawn for this round")]
-        if self._answered == _key(plan) or self._training is not None:
-            return steps
+            return [Withdraw(), self._announce("waiting", plan.round, "not drawn for this round")]
+        if done is not None and done.key == _key(plan):
+            # Said again by the same coordinator, the offer stands; a restarted one has forgotten what it accepted.
+            return [] if done.start == plan.start else [Withdraw(), *self._send(done.result, plan)]
+        if self._training is not None:
+            return [Withdraw()]
         self._training = ready
-        return [*steps, Train(ready), self._announce("training", plan.round)]
+        return [Withdraw(), Train(ready), self._announce("training", plan.round)]
+
+    def _send(self, result: TrainingResult, plan: RoundPlan) -> list[Step]:
+        self._done = _Done(result, _key(plan), plan.start)
+        return [Send(result), self._announce("uploading", plan.round)]
 
     def _announce(self, phase: str, number: int | None, detail: str = "") -> Announce:
         fields = {**self._status.model_dump(), "phase": phase, "round": number, "detail": detail}

@@ -75,7 +75,7 @@ class ClientEnd:
         self._status = Status(state="online")
         self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
-        self._announced: tuple[str, int, str, str] | None = None
+        self._announced: tuple[object, ...] | None = None
         self._bank: _Wanted[TextBank] | None = None
         self._adapter: _Wanted[Adapter] | None = None
         self._upload: _Upload | None = None
@@ -264,7 +264,7 @@ class ClientEnd:
             return []
         if bank.ref.sha256 != plan.classes or adapter.ref.sha256 != plan.adapter.sha256:
             return []
-        what = (plan.run, plan.round, plan.classes, plan.adapter.sha256)
+        what = (plan.run, plan.start, plan.round, plan.classes, plan.adapter.sha256)
         if what == self._announced:
             return []
         self._announced = what

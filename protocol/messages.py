@@ -96,11 +96,13 @@ class RoundPlan(Manifest):
     """What a client needs to take part in a round.
 
     `run` names one run of the federation, from its first round to its last, restarts of the coordinator included; within
-    it rounds only rise. `classes` is the hash of the bank to train against.
+    it rounds only rise. `start` counts the coordinator's starts: what an earlier one accepted must
+    be offered again. `classes` is the hash of the bank to train against.
     """
 
     kind: ClassVar[str] = "round"
     run: Name
+    start: Count
     round: Count
     state: Literal["open", "finished"]
     classes: Sha256

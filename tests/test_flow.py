@@ -6,7 +6,10 @@ Once in memory, once over the embedded broker, twice over a real Mosquitto; all 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +33,11 @@ from protocol.bus import Bus, MemoryBroker, Publish
 from protocol.client_end import ClientEnd
 from protocol.codec import decode_adapter
 from protocol.coordinator_end import CoordinatorEnd
+from protocol.events import ClientSeen
 from protocol.link import Link
-from protocol.messages import Recipe
+from protocol.messages import Recipe, Status
 from protocol.mqtt import MqttBus
+from protocol.observer import Observer
 from protocol.settings import BrokerSettings
 
 CLASSES = ("zero", "one", "two", "three")
@@ -60,6 +65,15 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "one", folder / "two"]
 
 
+def take_part(connect: Connect, name: str, home: Path, stop: threading.Event) -> None:
+    """Run one client as it would run alone, until `stop`."""
+    settings = ClientConfig(id=name, federation="flow", data=str(home), bits=4, threads=1)
+    trainer, part, status = new_client(settings, load_profile("generic-cpu"))
+    end = ClientEnd("flow", name, random.Random(name))
+    end.announce(status)
+    participate(Link(connect(name, end.will()), end), end, trainer, part, stop)
+
+
 def federate(connect: Connect, homes: list[Path], state: Path) -> Outcome:
     """Run a coordinator and two clients, each as it would run alone, on the given bus."""
     config = CoordinatorConfig(
@@ -68,12 +82,8 @@ def federate(connect: Connect, homes: list[Path], state: Path) -> Outcome:
     stop, threads, failures = threading.Event(), [], []
 
     def client(name: str, home: Path) -> None:
-        settings = ClientConfig(id=name, federation="flow", data=str(home), bits=4, threads=1)
-        trainer, part, status = new_client(settings, load_profile("generic-cpu"))
-        end = ClientEnd("flow", name, random.Random(name))
-        end.announce(status)
         try:
-            participate(Link(connect(name, end.will()), end), end, trainer, part, stop)
+            take_part(connect, name, home, stop)
         except Exception as error:
             failures.append(error)
             raise
@@ -163,3 +173,45 @@ def test_a_restarted_coordinator_continues_after_the_last_round(calm: Outcome, h
     outcome = federate(in_memory(), homes, state)
     assert [record.round for record in outcome.records] == [2]
     assert outcome.records[0].adapter_sha256 == calm.records[1].adapter_sha256
+
+
+def test_a_coordinator_killed_in_a_round_gets_the_same_round_again(
+    calm: Outcome, homes: list[Path], embedded: str, tmp_path: Path
+) -> None:
+    """The first client's update is accepted, then the coordinator dies: restarted, it ends with the calm run's bits."""
+    settings = tmp_path / "coordinator.toml"
+    recipe = "\n".join(f"{key} = {value}" for key, value in RECIPE.model_dump(mode="json").items())
+    settings.write_text(
+        f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 2\nseed = 7\n[recipe]\n{recipe}\n[broker]\nurl = '{embedded}'\n"
+    )
+    command = [sys.executable, "-m", "clipcast", "coordinator", "run", str(settings)]
+    stop, connect = threading.Event(), over(embedded)
+    watch = Link(connect("watch", None), Observer("flow"))
+    idle_end = ClientEnd("flow", "two", random.Random(0))
+    idle = Link(connect("idle", None), idle_end)
+    idle.poll(0.5)
+    idle.do(idle_end.announce(Status(state="online")))
+    threads = [threading.Thread(target=take_part, args=(connect, "one", homes[0], stop))]
+    threads[0].start()
+    try:
+        with subprocess.Popen(command) as first:
+            wait_for(watch, lambda seen: seen.client == "one" and "accepted" in seen.status.detail)
+            first.kill()
+        assert not (tmp_path / "state" / "rounds.jsonl").exists()
+        idle.bus.close()
+        threads.append(threading.Thread(target=take_part, args=(connect, "two", homes[1], stop)))
+        threads[1].start()
+        subprocess.run(command, check=True, timeout=120)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        watch.bus.close()
+    records = Store(tmp_path / "state").records()
+    assert [record.adapter_sha256 for record in records] == [record.adapter_sha256 for record in calm.records]
+
+
+def wait_for(link: Link[ClientSeen], wanted: Callable[[ClientSeen], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not any(wanted(seen) for seen in link.poll(1.0)):
+        assert time.monotonic() < deadline, "waited 60 s"

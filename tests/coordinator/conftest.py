@@ -32,6 +32,7 @@ def shapes() -> Shapes:
 def plan() -> RoundPlan:
     return RoundPlan(
         run="run-1",
+        start=1,
         round=3,
         state="open",
         classes="c" * 64,

@@ -63,6 +63,7 @@ def make_ready() -> MakeReady:
         adapter = initial_adapter(adapter_shapes(load_config("tiny-clip"), "vision", recipe), 0)
         plan = RoundPlan(
             run="0123456789abcdef",
+            start=1,
             round=number,
             state="open",
             classes=reference(encode_bank(bank)).sha256,

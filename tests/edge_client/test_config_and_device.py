@@ -50,7 +50,7 @@ def test_the_commented_lines_of_the_template_are_settings_that_load(write):
     text = "\n".join(line for line in lines if not line.startswith("ca_file"))
     loaded = load(write(text))
     assert (loaded.profile, loaded.bits, loaded.batch_size, loaded.threads) == ("generic-cpu", 4, 16, 2)
-    assert (loaded.device, loaded.model, loaded.broker.username) == ("cpu", "/opt/models/clip", "ann")
+    assert (loaded.device, loaded.model, loaded.broker.username) == ("cuda", "/opt/models/clip", "ann")
 
 
 def test_pictures_are_relative_to_the_file_and_digits_are_no_folder(write, tmp_path):

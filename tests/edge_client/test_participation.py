@@ -19,6 +19,7 @@ NOTHING = Update({}, np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, np.int
 def ready(number, invited=True, base=None, **fields):
     plan = RoundPlan(
         run="0123456789abcdef",
+        start=1,
         round=number,
         state="open",
         classes="c" * 64,

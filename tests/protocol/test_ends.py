@@ -59,6 +59,7 @@ def a_result(number: int = 1, seed: int = 1) -> TrainingResult:
 def a_plan(adapter_ref, bank_ref, number: int = 1, state: str = "open") -> RoundPlan:
     return RoundPlan(
         run="run-1",
+        start=1,
         round=number,
         state=state,
         classes=bank_ref.sha256,

@@ -44,6 +44,7 @@ BANK_BLOB, ADAPTER_BLOB = encode_bank(BANK), encode_adapter(ADAPTER)
 def a_plan(number: int = 1, state: str = "open", chunk_size: int = CHUNK_SIZE) -> RoundPlan:
     return RoundPlan(
         run="run-1",
+        start=1,
         round=number,
         state=state,
         classes=reference(BANK_BLOB).sha256,

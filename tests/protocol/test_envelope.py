@@ -49,6 +49,7 @@ MANIFESTS = {
     "round": st.builds(
         RoundPlan,
         run=names,
+        start=counts,
         round=counts,
         state=st.sampled_from(["open", "finished"]),
         classes=digests,
@@ -85,6 +86,7 @@ MANIFESTS = {
 }
 PLAN = RoundPlan(
     run="run-1",
+    start=1,
     round=1,
     state="open",
     classes=SHA,
