@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from clip_lora.towers import default_device, load_text_tower, model_facts
 from protocol.messages import FloatArray, TextBank
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: how a sum is shared out among threads shows in its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_bank(model: str, classes: Sequence[str], templates: Sequence[str], version: int = 1) -> TextBank:
@@ -20,10 +32,10 @@ def make_bank(model: str, classes: Sequence[str], templates: Sequence[str], vers
     device = default_device()
     tower, tokenizer = load_text_tower(model, device)
     rows: list[FloatArray] = []
-    for name in classes:
-        prompts = tokenizer([t.format(name) for t in templates], padding=True, truncation=True, return_tensors="pt")
-        with torch.no_grad():
+    with one_thread(), torch.no_grad():
+        for name in classes:
+            prompts = tokenizer([t.format(name) for t in templates], padding=True, truncation=True, return_tensors="pt")
             embeds = tower(**prompts.to(device)).text_embeds.double()
-        mean = torch.nn.functional.normalize(embeds, dim=-1).mean(dim=0)
-        rows.append(torch.nn.functional.normalize(mean, dim=0).float().cpu().numpy())
+            mean = torch.nn.functional.normalize(embeds, dim=-1).mean(dim=0)
+            rows.append(torch.nn.functional.normalize(mean, dim=0).float().cpu().numpy())
     return TextBank(version, tuple(classes), tuple(templates), np.stack(rows), facts.logit_scale, facts.name, facts.digest)

@@ -182,7 +182,8 @@ def test_a_coordinator_killed_in_a_round_gets_the_same_round_again(
     settings = tmp_path / "coordinator.toml"
     recipe = "\n".join(f"{key} = {value}" for key, value in RECIPE.model_dump(mode="json").items())
     settings.write_text(
-        f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 2\nseed = 7\n[recipe]\n{recipe}\n[broker]\nurl = '{embedded}'\n"
+        f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 2\nseed = 7\n"
+        f"[recipe]\n{recipe}\n[broker]\nurl = '{embedded}'\n"
     )
     command = [sys.executable, "-m", "clipcast", "coordinator", "run", str(settings)]
     stop, connect = threading.Event(), over(embedded)

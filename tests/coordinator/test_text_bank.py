@@ -78,3 +78,16 @@ def test_a_prompt_longer_than_the_tower_reads_is_cut():
 def test_a_model_that_is_not_there_is_a_model_error(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json"):
         make_bank(str(tmp_path), CLASSES, TEMPLATES)
+
+
+def test_the_number_of_threads_leaves_no_trace_in_the_bits():
+    threads = torch.get_num_threads()
+    try:
+        banks = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            banks.append(make_bank("tiny-clip", ("zero", "one"), ("a photo of a {}",)).embeddings.tobytes())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert banks[0] == banks[1]
