@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-SUCCESS, BUG, USAGE = 0, 1, 2
-SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING = 3, 4, 5, 6, 7, 8, 9, 10, 11
+BUG, USAGE = 1, 2
+SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, DEMO = 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
@@ -17,6 +17,7 @@ CODES = {
     "coordinator.errors.FederationError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,
+    "clipcast.demo.errors.DemoError": DEMO,
     "hardware_profiles.profile.ProfileError": PROFILE,
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, check_offer, check_update, rejected
@@ -58,8 +58,13 @@ class Collection:
         return sorted(set(self.plan.participants) - self._accepted.keys())
 
     def patience(self, now: float) -> float:
-        """Return how many seconds the round stays open: 0 once it has its quorum or its deadline has passed."""
-        return 0.0 if self.has_quorum else max(0.0, self._deadline - now)
+        """Return how many seconds the round stays open: 0 with its quorum, without hope of one, or after its deadline.
+
+        A client whose update was refused sends no other in the round, so it counts no more.
+        """
+        refused = {answer.client for answer in self.refused if answer.offer.round == self.plan.round}
+        hopeless = len(set(self.plan.participants) - (refused - self._accepted.keys())) < self._quorum
+        return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
     def take(self, event: CoordinatorEvent) -> Answer | None:
         """Take in an event of the wire; an update gets its answer."""
@@ -79,6 +84,9 @@ class Collection:
                 return None
 
     def _answer(self, answer: Answer) -> Answer:
+        # What a client wrote may be in the detail: printable and short, as it goes into logs and records.
+        detail = ascii(answer.verdict.detail)[1:-1][:300]
+        answer = replace(answer, verdict=replace(answer.verdict, detail=detail))
         if not answer.verdict.accepted:
             self.refused.append(answer)
         return answer

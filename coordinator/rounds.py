@@ -14,7 +14,7 @@ from coordinator.checks import Expectation
 from coordinator.collection import Answer, Collection, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FederationError
-from coordinator.store import Refusal, RoundRecord, Store
+from coordinator.store import Identity, Refusal, RoundRecord, Store
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent
 from protocol.link import Link
@@ -44,8 +44,8 @@ class Federation:
     def run(self) -> Iterator[RoundRecord]:
         """Yield a record after each round; raises FederationError when the federation cannot go on."""
         self._await_link()
+        self._run, self._start = self._store.begin(self._identity())
         number, adapter = self._store.resume(self._shapes)
-        self._run, self._start = self._store.begin()
         if adapter is None:
             adapter = initial_adapter(self._shapes, self._config.seed)
             self._store.save_adapter(0, adapter)
@@ -76,6 +76,19 @@ class Federation:
         self._plan(number, "finished", bank_ref.sha256, adapter, ())
         self._link.poll(0.0)
 
+    def _identity(self) -> Identity:
+        """Return what must stay the same from the first round to the last."""
+        recipe = self._config.recipe
+        return Identity(
+            federation=self._config.federation,
+            model_digest=self._bank.model_digest,
+            classes=self._bank.classes,
+            rank=recipe.rank,
+            alpha=recipe.alpha,
+            projections=recipe.projections,
+            first_block=recipe.first_block,
+        )
+
     def _await_link(self) -> None:
         """Let the end learn the broker's limits, by which it cuts blobs, before anything is published."""
         deadline = time.monotonic() + self._config.deadline_s
@@ -84,23 +97,29 @@ class Federation:
                 raise FederationError(f"the broker at {self._config.broker.url} did not come back: see its log")
 
     def _draw(self, number: int) -> tuple[str, ...]:
-        """Wait for enough clients, at most a deadline long, and draw the round's participants by seed."""
+        """Wait for enough clients, at most a deadline long, and draw the round's participants by seed.
+
+        After the deadline a quorum is enough: a device that is away for good must not stop the others.
+        """
         wanted, deadline = self._config.clients_per_round, time.monotonic() + self._config.deadline_s
         while len(self._online) < wanted:
             left = deadline - time.monotonic()
+            if left <= 0 and len(self._online) >= self._config.quorum:
+                log.warning("round %d begins with %d of %d clients", number, len(self._online), wanted)
+                break
             if left <= 0:
                 present = ", ".join(sorted(self._online)) or "nobody"
                 raise FederationError(
-                    f"round {number} needs {wanted} clients, only {present} came within {self._config.deadline_s:g} s. "
-                    f"Start more with `clipcast client run`, or lower clients_per_round; check that they use federation "
-                    f"{self._config.federation!r} and the same broker"
+                    f"round {number} needs {self._config.quorum} clients, only {present} came within "
+                    f"{self._config.deadline_s:g} s. Start more with `clipcast client run`, or lower quorum; check that they "
+                    f"use federation {self._config.federation!r} and the same broker"
                 )
             log.info("round %d waits for %d more clients", number, wanted - len(self._online))
             for event in self._link.poll(min(left, POLL_S)):
                 self._notice(event)
                 self._reply(refuse_all(event))
         rng = random.Random(f"{self._config.seed}:{number}")
-        return tuple(sorted(rng.sample(sorted(self._online), wanted)))
+        return tuple(sorted(rng.sample(sorted(self._online), min(wanted, len(self._online)))))
 
     def _plan(self, number: int, state: str, classes: str, adapter: Adapter, participants: tuple[str, ...]) -> RoundPlan:
         """Serve the adapter and publish the plan."""

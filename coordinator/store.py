@@ -3,7 +3,7 @@
 state/bank.safetensors            the newest class bank
 state/adapter-0000.safetensors    the adapter that round 1 starts from; adapter-0001 is what round 1 made, and so on
 state/rounds.jsonl                one line per round
-state/run                         the name of this run, and how often the coordinator was started in it
+state/run.json                    this run: its name, what it trains, how often the coordinator was started
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from protocol.messages import Adapter, TextBank
 
 RECORDS = "rounds.jsonl"
 BANK = "bank.safetensors"
-RUN = "run"
+RUN = "run.json"
 
 
 class Refusal(BaseModel):
@@ -55,6 +55,28 @@ class RoundRecord(BaseModel):
     adapter_sha256: str
 
 
+class Identity(BaseModel):
+    """What must not change between a federation's rounds; an adapter means something only together with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    federation: str
+    model_digest: str
+    classes: tuple[str, ...]
+    rank: int
+    alpha: float
+    projections: tuple[str, ...]
+    first_block: int
+
+
+class Run(BaseModel):
+    """One run of a federation, over all starts of its coordinator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    starts: int
+    identity: Identity
+
+
 class Store:
     """The state folder of one federation."""
 
@@ -67,7 +89,7 @@ class Store:
         if not path.exists():
             return []
         try:
-            return [RoundRecord.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [RoundRecord.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except (ValidationError, UnicodeDecodeError) as error:
             raise FederationError(
                 f"{path} is damaged or of another version: move {self.folder} aside to start anew"
@@ -97,14 +119,31 @@ class Store:
         """Return where the adapter after round `number` is kept."""
         return self.folder / f"adapter-{number:04d}.safetensors"
 
-    def begin(self) -> tuple[str, int]:
-        """Return the name of this run of the federation, made once, and how often the coordinator was started in it."""
+    def begin(self, identity: Identity) -> tuple[str, int]:
+        """Return the name of this run of the federation, made once, and how often the coordinator was started in it.
+
+        Raises FederationError if the folder holds the state of a federation with another identity.
+        """
+        run = self.run() or Run(name=secrets.token_hex(8), starts=0, identity=identity)
+        changed = [key for key in Identity.model_fields if getattr(run.identity, key) != getattr(identity, key)]
+        if changed:
+            raise FederationError(
+                f"{self.folder} holds the state of a federation with another {', '.join(changed)}: set `state` to a new "
+                f"folder, or change the settings back"
+            )
+        run = run.model_copy(update={"starts": run.starts + 1})
+        write_atomic(self.folder / RUN, run.model_dump_json().encode())
+        return run.name, run.starts
+
+    def run(self) -> Run | None:
+        """Return what is known of this run, None before its first start; raises FederationError if it is damaged."""
         path = self.folder / RUN
-        run, _, starts = (
-            path.read_text(encoding="ascii").partition(" ") if path.exists() else (secrets.token_hex(8), "", "0")
-        )
-        write_atomic(path, f"{run} {int(starts) + 1}".encode())
-        return run, int(starts) + 1
+        try:
+            return Run.model_validate_json(path.read_bytes()) if path.exists() else None
+        except ValidationError as error:
+            raise FederationError(
+                f"{path} is damaged or of another version: move {self.folder} aside to start anew"
+            ) from error
 
     @property
     def bank_path(self) -> Path:

@@ -72,9 +72,7 @@ def open_dataset(source: str, classes: Sequence[str], preprocessing: Preprocessi
             f"(it knows {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}): rename or move these folders, or "
             f"add the classes to the coordinator's settings"
         )
-    readable = [picture for picture in found if _is_readable(picture)]
-    if not readable:
-        raise DataError(f"{source}: none of its {len(found)} pictures can be read. Are they whole?")
+    readable = readable_pictures(found, source)
     return Dataset(readable, np.array([index[picture.label] for picture in readable], np.int32), preprocessing)
 
 
@@ -95,6 +93,14 @@ def find_pictures(source: str) -> list[Picture]:
     if not files:
         raise DataError(f"{folder} holds no pictures: put them in one sub-folder per class, e.g. {folder / 'cat' / '1.jpg'}")
     return [Picture(str(file), file.relative_to(folder).parts[0], _opener(file)) for file in files]
+
+
+def readable_pictures(found: Sequence[Picture], source: str) -> list[Picture]:
+    """Leave out what cannot be read, with a warning that names it; raises DataError if nothing is left."""
+    readable = [picture for picture in found if _is_readable(picture)]
+    if not readable:
+        raise DataError(f"{source}: none of its {len(found)} pictures can be read. Are they whole?")
+    return readable
 
 
 def _opener(file: Path) -> Callable[[], Image.Image]:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from edge_client.participation import Announce, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
 from protocol.client_end import ClientEnd
+from protocol.errors import WireError
 from protocol.events import ClientEvent
 from protocol.link import Link
 from protocol.messages import TrainingResult
@@ -38,7 +39,7 @@ def participate(
                     if isinstance(problem, TrainingStopped):
                         break
                     if problem is not None:
-                        carry_out(client.failed(str(problem)), link, end)
+                        carry_out(client.failed(str(problem)), client, link, end)
                         raise problem
                     steps += client.trained(training.result())
                     training = None
@@ -46,19 +47,24 @@ def participate(
                     if isinstance(step, Train):
                         training = pool.submit(trainer.run, step.ready, stop.is_set)
                         training.add_done_callback(lambda _: link.wake())
-                carry_out(steps, link, end)
+                carry_out(steps, client, link, end)
         finally:
             stop.set()
             link.bus.close(end.farewell())
 
 
-def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd) -> None:
+def carry_out(steps: list[Step], client: Participation, link: Link[ClientEvent], end: ClientEnd) -> None:
     """Do what concerns the wire."""
     for step in steps:
         match step:
             case Send(result=result):
                 log.info("round %d: loss %.3f, accuracy %.3f, offering", result.round, result.loss, result.accuracy)
-                link.do(end.offer(result))
+                try:
+                    link.do(end.offer(result))
+                except WireError as error:  # diverged: this round goes on without us, the next may do better
+                    log.error("round %d: nothing to offer: %s", result.round, error)  # noqa: TRY400 - no bug, no traceback
+                    carry_out(client.failed(str(error)), client, link, end)
+                    return
             case Withdraw():
                 end.withdraw()
             case Announce(status=status):

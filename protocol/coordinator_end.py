@@ -70,7 +70,10 @@ class CoordinatorEnd:
         return self._serve("round", encode_adapter(adapter))
 
     def publish_plan(self, plan: RoundPlan) -> list[Action]:
-        """Announce a round plan, retained. Its adapter must be served already."""
+        """Announce a round plan, retained. Its adapter must be served already. Uploads of other rounds are given up."""
+        for state in self._clients.values():
+            if state.offer is not None and state.offer.round != plan.round:
+                state.offer = state.fetch = None
         return self._retain(plan)
 
     def answer(self, client: str, offer: Offer, verdict: Verdict) -> list[Action]:

@@ -58,5 +58,5 @@ class Link(Generic[Out]):
                 continue
             actions, events = self._end.handle(event, self._clock())
             self.do(actions)
-            if events:
+            if events or left <= 0:
                 return list(events)

@@ -151,7 +151,7 @@ class Status(Manifest):
 
     kind: ClassVar[str] = "status"
     state: Literal["online", "offline"]
-    phase: Literal["waiting", "fetching", "training", "uploading", "failed", "stopped"] = "waiting"
+    phase: Literal["waiting", "training", "uploading", "failed", "stopped"] = "waiting"
     round: Count | None = None
     profile: Name | None = None
     bits: Literal[4, 8, 32] | None = None

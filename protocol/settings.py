@@ -93,10 +93,19 @@ def load_settings(path: Path, schema: type[Settings], command: str) -> Settings:
     Raises SettingsError with every problem found, one a line.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise SettingsError(f"{path}: no such file. `{command}` writes one to start from.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
+    return parse_settings(text, path, schema)
+
+
+def parse_settings(text: str, path: Path, schema: type[Settings]) -> Settings:
+    """Read the TOML `text` of the file `path`, which need not exist yet; raises SettingsError."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
     try:
         return schema.model_validate(data, context={"folder": path.absolute().parent})

@@ -102,9 +102,9 @@ class Fetch:
 
     def need(self, now: float) -> str | None:
         """Return the bitmap to ask for now, or None while an answer is awaited or nothing is missing."""
-        missing = [index for index in range(self.ref.chunks) if index not in self._chunks]
-        if not missing or not self.repeat.due(now):
+        if len(self._chunks) == self.ref.chunks or not self.repeat.due(now):
             return None
+        missing = [index for index in range(self.ref.chunks) if index not in self._chunks]
         self._asked = set(missing[: self.window])
         return to_bitmap(self._asked, self.ref.chunks)
 

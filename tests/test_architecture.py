@@ -1,4 +1,4 @@
-"""Who may import whom (docs/design.md). An `ast` walk, so that lazy imports inside functions are seen too."""
+"""Who may import whom. An `ast` walk, so that lazy imports inside functions are seen too."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ def init(
 
     Example: `clipcast client init --id jetson-1 --federation lab --data pictures --broker mqtt://labserver`
     """
-    from edge_client.config import DIGITS, TEMPLATE
+    from edge_client.config import DIGITS, TEMPLATE, ClientConfig
 
     where = data if data == DIGITS else str(Path(data).expanduser().absolute())
     text = TEMPLATE.format(file=path, id=client_id, federation=federation, data=where, broker=broker)
-    write_new(path, text, f"clipcast client run {path}", force=force)
+    write_new(path, text, ClientConfig, f"clipcast client run {path}", force=force)
 
 
 @app.command()
@@ -58,11 +58,15 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
     typer.echo(f"profile {profile.name}: {reason}", err=True)
     end = ClientEnd(config.federation, config.id, random.Random())
     # The broker first: a wrong address should not cost the loading of torch.
-    bus = MqttBus.open(config.broker, f"{config.federation}-{config.id}", end.will())
+    bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}", end.will())
     from edge_client.device import new_client
     from edge_client.participate import participate
 
-    trainer, part, status = new_client(config, profile)
+    try:
+        trainer, part, status = new_client(config, profile)
+    except BaseException:
+        bus.close(end.farewell())
+        raise
     end.announce(status)
     stop, link = threading.Event(), Link(bus, end)
 

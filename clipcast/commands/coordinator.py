@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +29,11 @@ def init(
 
     Example: `clipcast coordinator init --federation lab --classes "cat,dog,fox" --broker mqtt://labserver`
     """
-    from coordinator.config import TEMPLATE
+    from coordinator.config import TEMPLATE, CoordinatorConfig
 
-    names = ", ".join(f'"{name.strip()}"' for name in classes.split(","))
+    names = ", ".join(json.dumps(name.strip(), ensure_ascii=False) for name in classes.split(","))
     text = TEMPLATE.format(file=path, federation=federation, classes=names, broker=broker)
-    write_new(path, text, f"clipcast coordinator run {path}", force=force)
+    write_new(path, text, CoordinatorConfig, f"clipcast coordinator run {path}", force=force)
 
 
 @app.command()
@@ -52,7 +53,7 @@ def run(
     config = load(path)
     Topics(config.federation)
     # The broker first: a wrong address should not cost the loading of a model.
-    bus = MqttBus.open(config.broker, f"coordinator-{config.federation}")
+    bus = MqttBus.open(config.broker, f"{config.federation}:coordinator")
     from coordinator.rounds import Federation
     from coordinator.store import Store
     from coordinator.text_bank import make_bank

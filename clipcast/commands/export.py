@@ -29,7 +29,7 @@ def export(
     from coordinator.config import load
     from coordinator.errors import FederationError
     from coordinator.store import Store
-    from edge_client.data import find_pictures
+    from edge_client.data import find_pictures, readable_pictures
     from export.artefact import Source, export_artefact
     from protocol.codec import decode_adapter, decode_bank
 
@@ -41,11 +41,14 @@ def export(
     number = records[-1].round if number is None else number
     if not store.adapter_path(number).exists():
         raise FederationError(f"round {number} has no adapter in {config.state}: there are rounds 0 to {records[-1].round}")
-    found = find_pictures(data)
+    found = readable_pictures(find_pictures(data), data)
     chosen = [picture.load() for picture in found[:: max(1, len(found) // pictures)][:pictures]]
     bank = decode_bank(store.bank_path.read_bytes())
     adapter = decode_adapter(store.adapter_path(number).read_bytes())
-    source = Source(bank, adapter, config.recipe, config.federation, number)
+    run = store.run()
+    if run is None:
+        raise FederationError(f"{config.state} lacks run.json, which says what its adapters are: restore it")
+    source = Source(bank, adapter, run.identity, run.identity.federation, number)
     parity = export_artefact(source, chosen, bits, out, config.model)
     if as_json:
         typer.echo(json.dumps({"path": str(out), **asdict(parity)}))

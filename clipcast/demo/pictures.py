@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from clipcast.demo.partition import split
 from clipcast.demo.settings import DemoSettings
-from edge_client.data import DIGIT_NAMES, Picture, find_pictures
+from edge_client.data import DIGIT_NAMES, Picture, find_pictures, readable_pictures
 
 HELD_OUT_SHARE = 0.2
 HELD_OUT_MAX = 400
@@ -36,9 +36,9 @@ def lay_out(settings: DemoSettings) -> Layout:
     folder = Path(settings.data)
     rng = np.random.default_rng(settings.seed)
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        train, test = find_pictures(str(folder / "train")), find_pictures(str(folder / "test"))
+        train, test = (_readable(str(folder / part)) for part in ("train", "test"))
     else:
-        everything = find_pictures(settings.data)
+        everything = _readable(settings.data)
         order = rng.permutation(len(everything))
         cut = int(len(everything) * HELD_OUT_SHARE)
         test = [everything[i] for i in sorted(order[:cut])]
@@ -55,6 +55,10 @@ def lay_out(settings: DemoSettings) -> Layout:
     return Layout(classes, homes, pictures / "held-out", len(train), len(held_out))
 
 
+def _readable(source: str) -> list[Picture]:
+    return readable_pictures(find_pictures(source), source)
+
+
 def _labels(pictures: list[Picture], classes: tuple[str, ...]) -> NDArray[np.int32]:
     index = {name: position for position, name in enumerate(classes)}
     return np.array([index[picture.label] for picture in pictures], np.int32)
@@ -66,14 +70,14 @@ def _balanced(pictures: list[Picture], rng: np.random.Generator) -> list[Picture
     by_class: dict[str, list[Picture]] = {}
     for picture in pictures:
         by_class.setdefault(picture.label, []).append(picture)
-    quota = HELD_OUT_MAX // len(by_class)
+    quota = max(1, HELD_OUT_MAX // len(by_class))
     return [members[i] for _, members in sorted(by_class.items()) for i in sorted(rng.permutation(len(members))[:quota])]
 
 
 def _write(home: Path, pictures: list[Picture]) -> None:
-    for picture in pictures:
+    for number, picture in enumerate(pictures):
         source = Path(picture.name).absolute()
-        target = home / picture.label / source.name
+        target = home / picture.label / f"{number:05d}-{source.name}"  # two folders may hold the same name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_file():
             target.unlink(missing_ok=True)

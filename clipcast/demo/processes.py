@@ -11,15 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipcast.demo.errors import DemoError
 from clipcast.demo.pictures import Layout
-from clipcast.demo.settings import FEDERATION, DemoSettings
+from clipcast.demo.settings import DemoSettings
 
 STOP_S = 20.0
 LOG_TAIL = 15
-
-
-class DemoError(RuntimeError):
-    """A process of the demo ended early; the message shows the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def write_settings(settings: DemoSettings, layout: Layout, broker: str) -> tuple
     recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.recipe.model_dump(mode="json").items())
     coordinator = settings.out / "coordinator.toml"
     coordinator.write_text(
-        f'federation = {json.dumps(FEDERATION)}\nclasses = {json.dumps(layout.classes)}\nmodel = "tiny-clip"\n'
+        f'federation = {json.dumps(settings.federation)}\nclasses = {json.dumps(layout.classes)}\nmodel = "tiny-clip"\n'
         f"rounds = {settings.rounds}\nclients_per_round = {settings.clients}\nquorum = {settings.clients}\n"
         f'seed = {settings.seed}\nstate = "state"\n\n[recipe]\n{recipe}\n\n[broker]\nurl = {json.dumps(broker)}\n'
     )
@@ -52,7 +49,7 @@ def write_settings(settings: DemoSettings, layout: Layout, broker: str) -> tuple
     for home in layout.clients:
         path = settings.out / f"{home.name}.toml"
         path.write_text(
-            f"id = {json.dumps(home.name)}\nfederation = {json.dumps(FEDERATION)}\ndata = {json.dumps(str(home))}\n"
+            f"id = {json.dumps(home.name)}\nfederation = {json.dumps(settings.federation)}\ndata = {json.dumps(str(home))}\n"
             f'profile = "generic-cpu"\nbits = {settings.bits}\nthreads = {threads}\n\n[broker]\nurl = {json.dumps(broker)}\n'
         )
         clients.append(path)

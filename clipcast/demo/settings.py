@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from protocol.messages import Recipe
 from protocol.settings import BrokerSettings, SettingsError
-
-FEDERATION = "demo"
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class DemoSettings:
     out: Path
     broker: str | None
     recipe: Recipe
+    federation: str = field(default_factory=lambda: f"demo-{secrets.token_hex(3)}")  # two demos may share a broker
 
     @classmethod
     def checked(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,7 +21,8 @@ from clipcast.demo.broker import embedded_broker
 from clipcast.demo.display import LiveTable, plot_rounds, show_report
 from clipcast.demo.pictures import Layout, lay_out
 from clipcast.demo.processes import Process, running, write_settings
-from clipcast.demo.settings import FEDERATION, DemoSettings
+from clipcast.demo.settings import DemoSettings
+from clipcast.exit_codes import INTERRUPTED
 from coordinator.store import RoundRecord, Store
 from edge_client.infer import Classifier
 from export.artefact import Source, export_artefact
@@ -30,18 +33,20 @@ from protocol.link import Link
 from protocol.messages import Adapter, TextBank
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
-from protocol.settings import BrokerSettings
+from protocol.settings import BrokerSettings, SettingsError
 
 POLL_S = 0.5
 PARITY_PICTURES = 64
+MARK = ".clipcast-demo"
 Report = dict[str, Any]
 
 
 def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
     """Run the demo, write its files below `settings.out`, return and show the report."""
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # so that the processes below are stopped as well
     console = Console(stderr=as_json)
-    _clear(settings.out)
+    _clear(settings)
     layout = lay_out(settings)
     console.print(
         f"{layout.train_pictures} pictures of {len(layout.classes)} classes for {settings.clients} clients "
@@ -106,13 +111,13 @@ def _federate(
     commands += [(path.stem, ("client", "run", str(path))) for path in clients]
     rounds: list[Report] = []
     with running(commands, settings.out / "logs") as processes:
-        bus = MqttBus.open(BrokerSettings(url=url), f"{FEDERATION}-observer")
+        bus = MqttBus.open(BrokerSettings(url=url), f"{settings.federation}:observer")
         try:
             table.note("loading models")
-            bank, start = _first_state(store, processes, Link(bus, Observer(FEDERATION)), table)
+            bank, start = _first_state(store, processes, Link(bus, Observer(settings.federation)), table)
             evaluator = Evaluator.load(bank, settings.bits, settings.recipe, layout.held_out)
             table.note("rounds are running")
-            for record in _records(settings.rounds, store, processes, Link(bus, Observer(FEDERATION)), table):
+            for record in _records(settings.rounds, store, processes, Link(bus, Observer(settings.federation)), table):
                 adapter = decode_adapter(store.adapter_path(record.round).read_bytes())
                 rounds.append(_row(record, evaluator.accuracy(adapter)))
                 table.round(rounds[-1], settings.clients)
@@ -171,7 +176,7 @@ def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store, ban
     files = sorted(file for file in layout.held_out.rglob("*.*") if file.parent.parent == layout.held_out)
     chosen = [_open(file) for file in files[:: max(1, len(files) // PARITY_PICTURES)]]
     path = settings.out / "model.onnx"
-    source = Source(bank, adapter, settings.recipe, FEDERATION, number)
+    source = Source(bank, adapter, settings.recipe, settings.federation, number)
     parity = export_artefact(source, chosen, settings.bits, path)
     classifier = Classifier(path)
     answers = [(file.parent.name, classifier.classify(file)) for file in files]
@@ -205,8 +210,14 @@ def _describe(settings: DemoSettings, layout: Layout) -> Report:
     }
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier demo's files, and only those."""
+def _clear(settings: DemoSettings) -> None:
+    """Empty the folder of an earlier demo; any other folder that holds something is refused, and left alone."""
+    out = settings.out
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise SettingsError(f"--out {out} holds files that are not an earlier demo's: name a new or empty folder")
+    if out in (Path(settings.data).absolute(), *Path(settings.data).absolute().parents):
+        raise SettingsError(f"--data {settings.data} lies inside --out {out}, which the demo empties: name another --out")
     for name in ("pictures", "state", "logs"):
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
