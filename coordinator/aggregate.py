@@ -21,7 +21,7 @@ class Contribution:
 
 
 def aggregate(contributions: Mapping[str, Contribution], method: Aggregation, rank: int) -> Adapter:
-    """Return the sample-weighted mean adapter, weights n_k / sum n (method.md, step 5).
+    """Return the sample-weighted mean adapter, weights n_k / sum n (docs/method.md, step 4).
 
     Clients are taken in sorted order, so that the order of arrival leaves no trace in the bits.
     """

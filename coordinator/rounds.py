@@ -111,8 +111,8 @@ class Federation:
                 present = ", ".join(sorted(self._online)) or "nobody"
                 raise FederationError(
                     f"round {number} needs {self._config.quorum} clients, only {present} came within "
-                    f"{self._config.deadline_s:g} s. Start more with `clipcast client run`, or lower quorum; check that they "
-                    f"use federation {self._config.federation!r} and the same broker"
+                    f"{self._config.deadline_s:g} s. Start more with `clipcast client run`, or lower quorum; check that "
+                    f"they use federation {self._config.federation!r} and the same broker"
                 )
             log.info("round %d waits for %d more clients", number, wanted - len(self._online))
             for event in self._link.poll(min(left, POLL_S)):

@@ -48,9 +48,7 @@ class Classifier:
             raise InferenceError(
                 f"{path} was not exported by clipcast: it names no labels. `clipcast export` makes one that does"
             )
-        self.facts: dict[str, object] = json.loads(facts)
         self.labels: tuple[str, ...] = tuple(json.loads(facts)["labels"])
-        self.provider: str = self._session.get_providers()[0]
 
     def classify(self, path: Path, top: int = 1) -> Answer:
         """Answer one picture file; raises InferenceError if it cannot be read."""

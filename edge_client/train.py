@@ -1,4 +1,4 @@
-"""Local training on a quantised image tower: the steps, and what is said about them (method.md, steps 2 and 3).
+"""Local training on a quantised image tower: the steps, and what is said about them (docs/method.md, steps 2 and 3).
 
 The model is loaded once per process and kept; a round only swaps adapters.
 """
@@ -165,7 +165,7 @@ def summarise(encoder: ImageEncoder, data: Dataset, bank: TextBank, recipe: Reci
     """Return the update and the training accuracy.
 
     Prototypes are the unit means of v(x) over all samples of a class; features are of correctly predicted samples, a
-    seeded draw of at most `features_per_class` of each class (method.md, step 3).
+    seeded draw of at most `features_per_class` of each class (docs/method.md, step 3).
     """
     features = encode(encoder, data)
     correct = (features @ bank.embeddings.T).argmax(axis=1) == data.labels

@@ -64,7 +64,7 @@ class BlobRef(BaseModel):
 
 
 class Recipe(BaseModel):
-    """How a client trains: the LoRA shape, the optimiser, and what it may upload (method.md, steps 2 and 3)."""
+    """How a client trains: the LoRA shape, the optimiser, and what it may upload (docs/method.md, steps 2 and 3)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: Annotated[int, Field(ge=1, le=256)] = 4

@@ -148,8 +148,3 @@ class Serve:
         self._wanted.difference_update(taken)
         size = self.ref.chunk_size
         return [(index, self.blob[index * size : (index + 1) * size]) for index in taken]
-
-    @property
-    def wanted(self) -> bool:
-        """Whether chunks wait to be sent."""
-        return bool(self._wanted)

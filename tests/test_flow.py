@@ -74,11 +74,10 @@ def take_part(connect: Connect, name: str, home: Path, stop: threading.Event) ->
     participate(Link(connect(name, end.will()), end), end, trainer, part, stop)
 
 
-def federate(connect: Connect, homes: list[Path], state: Path) -> Outcome:
+def federate(connect: Connect, homes: list[Path], state: Path, **settings: object) -> Outcome:
     """Run a coordinator and two clients, each as it would run alone, on the given bus."""
-    config = CoordinatorConfig(
-        federation="flow", classes=CLASSES, rounds=2, deadline_s=60, seed=7, state=state, recipe=RECIPE
-    )
+    fields = {"federation": "flow", "classes": CLASSES, "rounds": 2, "deadline_s": 60, "seed": 7, "recipe": RECIPE}
+    config = CoordinatorConfig.model_validate({**fields, "state": state, **settings})
     stop, threads, failures = threading.Event(), [], []
 
     def client(name: str, home: Path) -> None:
@@ -88,7 +87,7 @@ def federate(connect: Connect, homes: list[Path], state: Path) -> Outcome:
             failures.append(error)
             raise
 
-    for name, home in (("one", homes[0]), ("two", homes[1])):
+    for name, home in zip(("one", "two"), homes, strict=False):
         threads.append(threading.Thread(target=client, args=(name, home), name=name))
         threads[-1].start()
     bus = connect("coordinator", None)
@@ -216,3 +215,8 @@ def wait_for(link: Link[ClientSeen], wanted: Callable[[ClientSeen], bool]) -> No
     deadline = time.monotonic() + 60
     while not any(wanted(seen) for seen in link.poll(1.0)):
         assert time.monotonic() < deadline, "waited 60 s"
+
+
+def test_a_device_that_stays_away_does_not_stop_the_others(homes: list[Path], tmp_path: Path) -> None:
+    outcome = federate(in_memory(), homes[:1], tmp_path / "state", rounds=1, quorum=1, deadline_s=10)
+    assert [record.accepted for record in outcome.records] == [["one"]]

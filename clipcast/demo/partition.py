@@ -1,4 +1,4 @@
-"""Who gets which pictures: IID, Dirichlet over classes, or disjoint classes (method.md, "Partitions")."""
+"""Who gets which pictures: IID, Dirichlet over classes, or disjoint classes (docs/method.md, "Partitions")."""
 
 from __future__ import annotations
 

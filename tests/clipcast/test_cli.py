@@ -89,6 +89,7 @@ def test_init_writes_settings_that_load_and_keeps_what_is_there(tmp_path: Path) 
             4,
             ["cannot reach the broker at mqtt://127.0.0.1:9", "refused"],
         ),
+        ({}, ["client", "init", "--id", "bad id"], 3, ["id"]),
         ({}, ["profiles", "show", "toaster"], 10, ["no profile 'toaster'", "generic-cpu"]),
         ({}, ["demo", "--partition", "dirichlet:x"], 3, ["dirichlet:ALPHA"]),
         ({}, ["demo", "--data", "nowhere", "--out", "out"], 6, ["nowhere: no such folder"]),

@@ -90,3 +90,25 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     settings = DemoSettings.checked(2, 1, 4, str(tmp_path / "photos"), "iid", 0, tmp_path / "out", None)
     with pytest.raises(DataError, match="holds no pictures"):
         lay_out(settings)
+
+
+def test_a_folder_that_is_not_an_earlier_demos_is_left_alone(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", 12)
+    command = [sys.executable, "-m", "clipcast", "demo", "--data", str(tmp_path / "pictures"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 3
+    assert "not an earlier demo's" in done.stderr
+    assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 36
+
+
+def test_equal_names_in_two_folders_are_two_pictures(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        paint(tmp_path / "raw", 20)
+        for label in ("red", "green", "blue"):
+            (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "raw" / label).rename(tmp_path / "photos" / label / part)
+    settings = DemoSettings.checked(2, 1, 4, str(tmp_path / "photos"), "iid", 0, tmp_path / "out", None)
+    layout = lay_out(settings)
+    assert (
+        len(list((tmp_path / "out" / "pictures").rglob("*.jpg"))) == 120 == layout.train_pictures + layout.held_out_pictures
+    )

@@ -149,3 +149,18 @@ def test_whatever_arrives_each_participant_counts_once_from_its_first_good_updat
         assert collection.has_quorum == (len(counted) >= quorum)
         assert collection.silent == sorted(set(CLIENTS) - counted)
     assert len(collection.refused) == refusals
+
+
+def test_a_round_that_cannot_reach_its_quorum_any_more_is_over(expected, arrival):
+    collection = Collection(expected, len(expected.plan.participants), START)
+    assert collection.patience(START) == 100.0
+    collection.take(arrival(expected.plan.participants[0], bad=True))
+    assert collection.patience(START) == 0.0
+    assert not collection.has_quorum
+
+
+def test_what_a_client_wrote_is_told_printable_and_short(expected, arrival, make_update):
+    event = UpdateUnreadable("ann", arrival("ann").offer, "a\u2028b" * 1000)
+    detail = Collection(expected, 1, START).take(event).verdict.detail
+    assert detail.isascii()
+    assert len(detail) <= 300

@@ -7,7 +7,7 @@ import pytest
 
 from clip_lora.lora import initial_adapter
 from coordinator.errors import FederationError
-from coordinator.store import Refusal, RoundRecord, Store
+from coordinator.store import Identity, Refusal, RoundRecord, Store
 from protocol.codec import decode_bank, encode_adapter, sha256
 from protocol.messages import TextBank
 
@@ -131,3 +131,40 @@ def test_a_truncated_adapter_is_refused(after_two_rounds, shapes, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(FederationError, match="state"):
         after_two_rounds.resume(shapes)
+
+
+def test_a_detail_with_odd_line_ends_keeps_the_records_readable(tmp_path):
+    store = Store(tmp_path)
+    odd = Refusal(client="eve", reason="wrong-names", detail="a\u2028b\x85c")
+    for number in (1, 2):
+        store.save_record(record(number, "a", "b").model_copy(update={"rejected": [odd]}))
+    assert [record.rejected for record in store.records()] == [[odd], [odd]]
+
+
+IDENTITY = Identity(
+    federation="lab",
+    model_digest="a" * 64,
+    classes=("cat", "dog"),
+    rank=4,
+    alpha=8.0,
+    projections=("q_proj",),
+    first_block=0,
+)
+
+
+def test_a_run_keeps_its_name_and_counts_its_starts(tmp_path):
+    (name, first), (again, second) = (Store(tmp_path).begin(IDENTITY) for _ in range(2))
+    assert (name, first, second) == (again, 1, 2)
+
+
+@pytest.mark.parametrize(("key", "value"), [("classes", ("dog", "cat")), ("alpha", 4.0), ("model_digest", "b" * 64)])
+def test_a_state_folder_of_another_federation_is_refused_naming_what_differs(tmp_path, key, value):
+    Store(tmp_path).begin(IDENTITY)
+    with pytest.raises(FederationError, match=key):
+        Store(tmp_path).begin(IDENTITY.model_copy(update={key: value}))
+
+
+def test_a_damaged_run_file_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(FederationError, match=r"run\.json is damaged"):
+        Store(tmp_path).begin(IDENTITY)

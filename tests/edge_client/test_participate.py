@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 from edge_client.errors import DataError
 from edge_client.participate import participate
@@ -119,3 +122,33 @@ def test_a_stop_that_ends_the_training_before_the_loop_looks_is_no_failure(make_
     assert not isinstance(problem, TrainingStopped)
     assert "failed" not in lab.phases()
     assert problem is None
+
+
+class Diverging:
+    """A real trainer whose first result is spoilt as a diverged training spoils it."""
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def run(self, ready, stopped):
+        result = self._trainer.run(ready, stopped)
+        broken = {name: np.full_like(array, np.nan) for name, array in result.update.adapter.items()}
+        return dataclasses.replace(result, update=dataclasses.replace(result.update, adapter=broken))
+
+
+def test_a_diverged_training_is_announced_and_the_client_stays(make_ready, make_trainer, bank, recipe):
+    lab = Lab(make_ready(bank, recipe))
+    reason = "not finite"
+    trainer = Diverging(make_trainer())
+    with ThreadPoolExecutor(1) as pool:
+        part = Participation("ann", Status(state="online"))
+        loop = pool.submit(participate, lab.client_link, lab.client_end, trainer, part, lab.stop)
+        give_up = time.monotonic() + 60.0
+        while not any(status.phase == "failed" and reason in status.detail for status in lab.statuses):
+            assert time.monotonic() < give_up, "no failure was announced within 60 s"
+            lab._serve("never")
+        assert not loop.done()
+        lab.stop.set()
+        lab.client_link.wake()
+        assert loop.exception(30.0) is None
+    assert not lab.updates

@@ -162,9 +162,7 @@ def test_serve_waits_for_the_gather_time_and_then_gives_each_chunk_once():
     serve.need("60", 10.9)
     assert serve.take(9, 10.9) == []
     assert [index for index, _ in serve.take(2, 11.0)] == [0, 1]
-    assert serve.wanted
     assert [index for index, _ in serve.take(2, 11.0)] == [2]
-    assert not serve.wanted
     assert serve.take(9, 99.0) == []
 
 
