@@ -77,7 +77,7 @@ GOOD = (FOLDER / "generic-cpu.toml").read_text()
         (GOOD.replace("bits = 4", "bits = 5"), "bits"),
         (GOOD.replace("max_rank = 64", "max_rnak = 64"), "max_rnak"),
         (GOOD.replace("verified = true", ""), "verified"),
-        (GOOD.replace('source = "design', 'sauce = "design'), "source"),
+        (GOOD.replace('source = "', 'sauce = "'), "source"),
     ],
     ids=["not-toml", "five-bits", "misspelt-key", "fact-without-verified", "fact-without-source"],
 )
