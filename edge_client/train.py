@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clip_lora.lora import PeftModel, adapter_state, attach, load_adapter
-from clip_lora.preprocess import Preprocessing, load_preprocessing
-from clip_lora.towers import ModelFacts, load_config, load_image_tower, model_facts
+from clip_lora.lora import adapter_state, load_adapter
+from clip_lora.towers import ModelFacts, model_facts
 from edge_client.config import Placement
 from edge_client.data import Dataset, open_dataset
+from edge_client.encoder import ImageEncoder
 from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
 from protocol.events import PlanReady
@@ -41,23 +41,6 @@ class Metrics:
     loss: float
     steps: int
     seconds: float
-
-
-class ImageEncoder:
-    """A quantised image tower with a LoRA adapter, and its preprocessing. Made once per process."""
-
-    def __init__(self, model: str, bits: int, device: str, recipe: Recipe) -> None:
-        self.name = model
-        self.device = device
-        self.preprocessing: Preprocessing = load_preprocessing(model)
-        self.model: PeftModel = attach(load_image_tower(model, bits, device), load_config(model), "vision", recipe)
-
-    def features(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """Uint8 pictures (N, H, W, 3) -> unit features (N, D), float32."""
-        batch = self.preprocessing.normalise(torch.from_numpy(pixels).to(self.device))
-        # A half-precision base on a GPU wants its own dtype; the factors stay float32.
-        embeds = self.model(pixel_values=batch.to(self.model.dtype)).image_embeds.float()
-        return torch.nn.functional.normalize(embeds, dim=-1)
 
 
 class Trainer:
@@ -141,7 +124,7 @@ def local_steps(
         if stopped():
             raise TrainingStopped
         batch = next(batches)
-        features = encoder.features(data.pixels(batch.tolist()))
+        features = encoder.encode(data, batch.tolist())
         y = labels[torch.from_numpy(batch)]
         loss = alignment_loss(features, y, targets, bank.logit_scale) + recipe.mu * orthogonal_loss(features, y)
         optimizer.zero_grad(set_to_none=True)
@@ -155,7 +138,7 @@ def encode(encoder: ImageEncoder, data: Dataset) -> FloatArray:
     """Return the unit features of every picture, (N, D)."""
     with torch.no_grad():
         parts = [
-            encoder.features(data.pixels(range(start, min(start + EVAL_BATCH, len(data))))).cpu().numpy()
+            encoder.encode(data, range(start, min(start + EVAL_BATCH, len(data)))).cpu().numpy()
             for start in range(0, len(data), EVAL_BATCH)
         ]
     return np.concatenate(parts)

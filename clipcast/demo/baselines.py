@@ -13,7 +13,8 @@ import torch
 
 from clip_lora.lora import load_adapter
 from edge_client.data import Dataset, open_dataset
-from edge_client.train import ImageEncoder, accuracy, derive_seed, local_steps
+from edge_client.encoder import ImageEncoder
+from edge_client.train import accuracy, derive_seed, local_steps
 from protocol.messages import Adapter, Recipe, TextBank
 
 NO_LIMIT = 1 << 30

@@ -14,7 +14,8 @@ from clip_lora.towers import load_config
 from coordinator.text_bank import make_bank
 from edge_client.config import Placement
 from edge_client.data import Dataset, find_pictures, open_dataset
-from edge_client.train import ImageEncoder, Trainer
+from edge_client.encoder import ImageEncoder
+from edge_client.train import Trainer
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.events import PlanReady
 from protocol.messages import Recipe, RoundPlan, TextBank

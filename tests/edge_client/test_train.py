@@ -8,8 +8,9 @@ import torch
 
 from clip_lora.lora import adapter_state, load_adapter
 from edge_client.data import Dataset
+from edge_client.encoder import ImageEncoder
 from edge_client.losses import alignment_loss
-from edge_client.train import ImageEncoder, TrainingStopped, accuracy, derive_seed, encode, local_steps, summarise
+from edge_client.train import TrainingStopped, accuracy, derive_seed, encode, local_steps, summarise
 
 
 @pytest.fixture(scope="module")
