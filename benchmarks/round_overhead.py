@@ -60,8 +60,8 @@ class NoTraining(Trainer):
         none = np.zeros(0, np.int32)
         # A changed adapter: an unchanged one has the same hash, and nobody would fetch it again.
         adapter = {name: factor + np.float32(0.01) for name, factor in ready.adapter.items()}
-        update = Update(adapter, np.zeros((0, width), np.float32), none, none, np.zeros((0, width), np.float32), none)
-        return TrainingResult(ready.plan.round, ready.plan.adapter.sha256, update, 100, 0.0, 0.0, 0.0)
+        update = Update(adapter, np.zeros((0, width), np.float32), none, none, none, np.zeros((0, width), np.float32), none)
+        return TrainingResult(ready.plan.round, ready.base, update, 100, 0.0, 0.0, 0.0)
 
 
 def client(name: str, url: str, stop: threading.Event) -> None:
@@ -69,7 +69,7 @@ def client(name: str, url: str, stop: threading.Event) -> None:
     end = ClientEnd("bench", name, random.Random(name))
     bus = MqttBus.open(BrokerSettings(url=url), f"bench-{name}", end.will())
     end.announce(Status(state="online"))
-    participate(Link(bus, end), end, NoTraining(), Participation(name, Status(state="online")), stop)
+    participate(Link(bus, end), end, NoTraining(), Participation(Status(state="online")), stop)
 
 
 def measure(url: str, rounds: int, state: Path) -> list[float]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Adapter = dict[str, NDArray[np.float32]]
 Matrix = NDArray[np.float64]
 A, B = ".lora_A", ".lora_B"
+NEGLIGIBLE = 1e-12  # of the largest singular value: rounding, not a direction
 
 
 def layers(adapter: Adapter) -> list[str]:
@@ -25,6 +26,14 @@ def layers(adapter: Adapter) -> list[str]:
         if name + A not in adapter or name + B not in adapter:
             raise ValueError(f"adapter holds one factor of layer {name} without the other")
     return sorted(names)
+
+
+def rank_of(adapter: Adapter) -> int:
+    """Return the adapter's rank, 0 if it adapts nothing; raises ValueError if its layers differ in rank."""
+    ranks = {adapter[layer + A].shape[0] for layer in layers(adapter)}
+    if len(ranks) > 1:
+        raise ValueError(f"adapter mixes ranks {sorted(ranks)}")
+    return ranks.pop() if ranks else 0
 
 
 def delta(adapter: Adapter, layer: str, scale: float) -> Matrix:
@@ -60,18 +69,22 @@ def mean_of_products(adapters: Sequence[Adapter], weights: Sequence[float], rank
 
 
 def _truncate(left: Matrix, right: Matrix, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return factors A (rank, in), B (out, rank) of the best approximation of left @ right, singular values split evenly."""
+    """Return factors A (rank, in), B (out, rank) of the best approximation of left @ right, singular values split evenly.
+
+    A direction that carries nothing has B = 0 and a fixed random A, as before training: with both at 0 no gradient flows.
+    """
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
     # SVD leaves signs open: the largest entry of each left vector is made positive so that equal inputs give equal bits.
     signs = np.sign(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])])
-    root = np.sqrt(s[:rank])
-    b = (q_left @ (u * signs)[:, :rank]) * root
-    a = (root[:, None] * (vt * signs[:, None])[:rank]) @ q_right.T
-    short = rank - len(root)
-    if short > 0:
-        a, b = np.pad(a, ((0, short), (0, 0))), np.pad(b, ((0, 0), (0, short)))
+    kept = int(np.count_nonzero(s[:rank] > NEGLIGIBLE * s[0]))
+    root = np.sqrt(s[:kept])
+    b = np.zeros((len(left), rank))
+    b[:, :kept] = (q_left @ (u * signs)[:, :kept]) * root
+    bound = 1.0 / np.sqrt(right.shape[1])
+    a = np.random.default_rng(0).uniform(-bound, bound, (rank, right.shape[1]))
+    a[:kept] = (root[:, None] * (vt * signs[:, None])[:kept]) @ q_right.T
     return a.astype(np.float32), b.astype(np.float32)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "adapter_shapes",
     "adapter_state",
     "attach",
+    "block_of",
     "check_shapes",
     "initial_adapter",
     "load_adapter",
@@ -70,6 +71,11 @@ def adapter_shapes(config: Any, tower: Literal["vision", "text"], shape: LoraSha
             shapes[f"{layer}.lora_A"] = (shape.rank, width)
             shapes[f"{layer}.lora_B"] = (width, shape.rank)
     return dict(sorted(shapes.items()))
+
+
+def block_of(name: str) -> int:
+    """Return the index of the block that a factor adapts, from its name."""
+    return int(name.split(".layers.")[1].split(".", maxsplit=1)[0])
 
 
 def initial_adapter(shapes: Shapes, seed: int) -> Adapter:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from clip_lora.algebra import mean_of_factors, mean_of_products
+from coordinator.recipe import Aggregation
 from protocol.messages import Adapter, Offer, Update
-
-Aggregation = Literal["mean_of_factors", "mean_of_products"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +18,16 @@ class Contribution:
     update: Update
 
 
-def aggregate(contributions: Mapping[str, Contribution], method: Aggregation, rank: int) -> Adapter:
-    """Return the sample-weighted mean adapter, weights n_k / sum n (docs/method.md, step 4).
+def aggregate(contributions: Mapping[str, Contribution], method: Aggregation, rank: int, current: Adapter) -> Adapter:
+    """Return the sample-weighted mean adapter, weights n_k / sum n (docs/method.md, step 5); `current` for method "none".
 
     Clients are taken in sorted order, so that the order of arrival leaves no trace in the bits.
     """
     ordered = [contributions[client] for client in sorted(contributions)]
     adapters = [contribution.update.adapter for contribution in ordered]
     weights = [float(contribution.offer.samples) for contribution in ordered]
+    if method == "none":
+        return current
     if method == "mean_of_products":
         return mean_of_products(adapters, weights, rank)
     return mean_of_factors(adapters, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,19 @@ UNIT_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a client starts a round from: the hash of its adapter, and the factors' shapes."""
+
+    base: str
+    shapes: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Expectation:
-    """What an update of this round must look like: the plan, the factors' shapes, width and number of classes."""
+    """What updates of this round must look like: the plan, each participant's start, width and number of classes."""
 
     plan: RoundPlan
-    shapes: dict[str, tuple[int, int]]
+    starts: Mapping[str, Start]
     width: int
     classes: int
 
@@ -28,32 +36,34 @@ def rejected(reason: str, detail: str) -> Verdict:
     return Verdict(accepted=False, reason=reason, detail=detail)
 
 
-def check_offer(client: str, offer: Offer, plan: RoundPlan | None, counted: Collection[str]) -> Verdict:
+def check_offer(client: str, offer: Offer, expected: Expectation | None, counted: Collection[str]) -> Verdict:
     """Check what the offer says about itself."""
-    if plan is None or offer.round != plan.round:
-        current = "no round is open" if plan is None else f"round {plan.round} is open"
+    if expected is None or offer.round != expected.plan.round:
+        current = "no round is open" if expected is None else f"round {expected.plan.round} is open"
         return rejected("stale-round", f"the update is for round {offer.round}, {current}")
-    if offer.base != plan.adapter.sha256:
-        return rejected(
-            "wrong-base", f"trained from adapter {offer.base[:12]}, the round began with {plan.adapter.sha256[:12]}"
-        )
-    if client not in plan.participants:
+    start = expected.starts.get(client)
+    if start is None:
         return rejected("not-invited", "this client was not drawn for the round")
+    if offer.base != start.base:
+        return rejected(
+            "wrong-base", f"trained from adapter {offer.base[:12]}, the round began with {start.base[:12]} for this client"
+        )
     if client in counted:
         return rejected("already-counted", "another update of this client was accepted in this round")
     return ACCEPTED
 
 
-def check_update(update: Update, expected: Expectation) -> Verdict:
+def check_update(client: str, update: Update, expected: Expectation) -> Verdict:
     """Check the arrays: names, shapes, finite values, and that prototypes and features are what they claim to be."""
-    return _check_adapter(update, expected) or _check_features(update, expected) or ACCEPTED
+    shapes = expected.starts[client].shapes
+    return _check_adapter(update, shapes) or _check_features(update, expected) or ACCEPTED
 
 
-def _check_adapter(update: Update, expected: Expectation) -> Verdict | None:
-    if update.adapter.keys() != expected.shapes.keys():
-        odd = sorted(update.adapter.keys() ^ expected.shapes.keys())
+def _check_adapter(update: Update, shapes: dict[str, tuple[int, int]]) -> Verdict | None:
+    if update.adapter.keys() != shapes.keys():
+        odd = sorted(update.adapter.keys() ^ shapes.keys())
         return rejected("wrong-names", f"{len(odd)} factors are missing or unknown, first {odd[0]}"[:300])
-    for name, shape in expected.shapes.items():
+    for name, shape in shapes.items():
         if update.adapter[name].shape != shape:
             return rejected("wrong-shapes", f"{name} is {update.adapter[name].shape}, the round trains {shape}")
     for name, factor in update.adapter.items():
@@ -77,6 +87,8 @@ def _check_features(update: Update, expected: Expectation) -> Verdict | None:
             return rejected("not-unit", f"{name} are not of unit length")
     if np.any(update.prototype_counts < 1) or len(set(update.prototype_classes.tolist())) != len(update.prototypes):
         return rejected("bad-counts", "every prototype needs its own class and a count of at least 1")
+    if np.any(update.prototype_correct < 0) or np.any(update.prototype_correct > update.prototype_counts):
+        return rejected("bad-counts", "of a class's samples, 0 to all can be predicted correctly")
     most = np.bincount(update.labels, minlength=1).max(initial=0)
     if most > expected.plan.recipe.features_per_class:
         return rejected(

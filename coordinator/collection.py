@@ -70,9 +70,9 @@ class Collection:
         """Take in an event of the wire; an update gets its answer."""
         match event:
             case UpdateArrived(client=client, offer=offer, update=update):
-                verdict = check_offer(client, offer, self.plan, self._accepted)
+                verdict = check_offer(client, offer, self._expected, self._accepted)
                 if verdict.accepted:
-                    verdict = check_update(update, self._expected)
+                    verdict = check_update(client, update, self._expected)
                 if verdict.accepted:
                     self._accepted[client] = Contribution(offer, update)
                 return self._answer(Answer(client, offer, verdict))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from protocol.messages import Name, Recipe
+from coordinator.recipe import FederationRecipe
+from protocol.messages import Name
 from protocol.settings import BrokerSettings, beside, load_settings, model_beside
 
 TEMPLATE = """\
@@ -22,20 +23,34 @@ rounds = 5
 clients_per_round = 2                 # drawn from the clients that are online
 quorum = 2                            # so many accepted updates close a round
 deadline_s = 600                      # a round without its quorum by then is given up, and the next one begins
-aggregation = "mean_of_factors"       # or "mean_of_products": averages B A exactly, then cuts back to the rank
 seed = 0
 state = "state"                       # adapters and the record of every round; a restart continues from here
 
+# What is trained, and how. Without further keys the recipe is as published in docs/method.md; every key overrides it alone.
 [recipe]
+name = "fedalign"                     # fedalign, fedlora, local, zero-shot or feddtl
+# aggregation = "mean_of_factors"     # "mean_of_products" averages B A exactly and lets devices differ in rank; or "none"
 rank = 4
 alpha = 8.0
 projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
-first_block = 0                       # blocks below this one stay as they are
+# first_block = 0                     # blocks below this one stay as they are; -3 adapts the last three
 learning_rate = 3e-3
 local_steps = 15                      # optimiser steps of a client in a round
 batch_size = 16
-mu = 0.1                              # weight of the orthogonal loss
-features_per_class = 16               # correctly predicted features a client uploads; 0 uploads none
+# mu = 0.1                            # weight of the orthogonal loss
+# features_per_class = 16             # correctly predicted features a client uploads; 0 uploads none
+
+# [recipe.text]                       # the coordinator's own training, on the uploaded features
+# steps = 30                          # 0 leaves the text side as it is
+# prototypes_for_missing = true       # a class without a feature is represented by its prototypes
+# balance_classes = true
+
+# [recipe.personal]                   # each client's own adapter
+# query = "R1"                        # R1, R2, R3, identity (everybody keeps their own) or none (all take the global one)
+# tau_q = 0.1                         # small listens to the alike, inf to all
+# cut = 0                             # blocks below take the global adapter
+# own_share = 0.0                     # share of the attention that stays with the client itself
+# clusters = 0                        # for fleets: attend to so many cluster means instead of to every client
 
 [broker]
 url = "{broker}"                      # mqtts:// for TLS
@@ -57,10 +72,9 @@ class CoordinatorConfig(BaseModel):
     clients_per_round: Annotated[int, Field(ge=1)] = 2
     quorum: Annotated[int, Field(ge=1)] = 2
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    aggregation: Literal["mean_of_factors", "mean_of_products"] = "mean_of_factors"
     seed: Annotated[int, Field(ge=0)] = 0
     state: Annotated[Path, Field(validate_default=True)] = Path("state")
-    recipe: Recipe = Recipe()
+    recipe: FederationRecipe = FederationRecipe()
     broker: BrokerSettings = BrokerSettings()
 
     @field_validator("templates")

@@ -7,18 +7,18 @@ import random
 import time
 from collections.abc import Iterator
 
-from clip_lora.lora import Shapes, adapter_shapes, initial_adapter
+from clip_lora.lora import adapter_shapes, initial_adapter
 from clip_lora.towers import load_config
-from coordinator.aggregate import aggregate
-from coordinator.checks import Expectation
+from coordinator.checks import Expectation, Start
 from coordinator.collection import Answer, Collection, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FederationError
-from coordinator.store import Identity, Refusal, RoundRecord, Store
+from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
+from coordinator.store import AttentionRecord, Identity, Refusal, RoundRecord, Store, TextRecord
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent
 from protocol.link import Link
-from protocol.messages import Adapter, RoundPlan, Status, TextBank
+from protocol.messages import RoundPlan, Status, TextBank
 
 log = logging.getLogger(__name__)
 
@@ -39,33 +39,29 @@ class Federation:
         self._store = store
         self._online: dict[str, Status] = {}
         self._run, self._start = "", 0
-        self._shapes: Shapes = adapter_shapes(load_config(config.model), "vision", config.recipe)
+        self._model = load_config(config.model)
+        self._training = config.recipe.training(self._model.vision_config.num_hidden_layers)
+        self._learner = Learner(bank, config.recipe, config.seed)
 
     def run(self) -> Iterator[RoundRecord]:
         """Yield a record after each round; raises FederationError when the federation cannot go on."""
         self._await_link()
         self._run, self._start = self._store.begin(self._identity())
-        number, adapter = self._store.resume(self._shapes)
-        if adapter is None:
-            adapter = initial_adapter(self._shapes, self._config.seed)
-            self._store.save_adapter(0, adapter)
-        self._store.save_bank(self._bank)
-        bank_ref, actions = self._end.publish_bank(self._bank)
-        self._link.do(actions)
+        number, known = self._recall()
         missed = 0
         while number < self._config.rounds:
             number += 1
             participants = self._draw(number)
-            plan = self._plan(number, "open", bank_ref.sha256, adapter, participants)
             started = time.monotonic()
-            collection = self._collect(plan)
+            collection = self._collect(self._broadcast(number, known, participants))
+            lesson = NO_LESSON
             if collection.has_quorum:
                 missed = 0
-                accepted = collection.accepted
-                adapter = aggregate(accepted, self._config.aggregation, self._config.recipe.rank)
+                known, lesson = self._learner.learn(collection.accepted, known)
             else:
                 missed += 1
-            record = self._record(collection, adapter, time.monotonic() - started)
+            saved = self._store.save(number, known, lesson)
+            record = self._record(collection, lesson, known, saved, time.monotonic() - started)
             self._store.save_record(record)
             yield record
             if missed >= MISSED_ROUNDS:
@@ -73,20 +69,28 @@ class Federation:
                     f"{missed} rounds in a row without a quorum of {self._config.quorum}; last waited for "
                     f"{', '.join(collection.silent)}. See their status and logs, or lower quorum or raise deadline_s"
                 )
-        self._plan(number, "finished", bank_ref.sha256, adapter, ())
+        self._broadcast(number, known, ())
         self._link.poll(0.0)
+
+    def _recall(self) -> tuple[int, Knowledge]:
+        """Return the last finished round and what is known since; a new federation begins with round 0's."""
+        shapes = adapter_shapes(self._model, "vision", self._training)
+        number, known = self._store.resume(shapes, self._learner.text_shapes)
+        if known is None:
+            known = Knowledge(self._bank, stored(initial_adapter(shapes, self._config.seed)))
+            self._store.save(0, known)
+        return number, known
 
     def _identity(self) -> Identity:
         """Return what must stay the same from the first round to the last."""
-        recipe = self._config.recipe
         return Identity(
             federation=self._config.federation,
             model_digest=self._bank.model_digest,
             classes=self._bank.classes,
-            rank=recipe.rank,
-            alpha=recipe.alpha,
-            projections=recipe.projections,
-            first_block=recipe.first_block,
+            rank=self._training.rank,
+            alpha=self._training.alpha,
+            projections=self._training.projections,
+            first_block=self._training.first_block,
         )
 
     def _await_link(self) -> None:
@@ -121,30 +125,53 @@ class Federation:
         rng = random.Random(f"{self._config.seed}:{number}")
         return tuple(sorted(rng.sample(sorted(self._online), min(wanted, len(self._online)))))
 
-    def _plan(self, number: int, state: str, classes: str, adapter: Adapter, participants: tuple[str, ...]) -> RoundPlan:
-        """Serve the adapter and publish the plan."""
+    def _broadcast(self, number: int, known: Knowledge, participants: tuple[str, ...]) -> Expectation:
+        """Publish class bank, adapters and plan; without participants the plan says that the federation is finished."""
+        bank, actions = self._end.publish_bank(known.bank)
+        self._link.do(actions)
+        common = self._end.serve_adapter(known.adapter)
+        individual, starts = self._starts(number, known, participants, common.sha256)
         plan = RoundPlan.model_validate(
             {
                 "run": self._run,
                 "start": self._start,
                 "round": number,
-                "state": state,
-                "classes": classes,
-                "adapter": self._end.serve_adapter(adapter),
+                "state": "open" if participants else "finished",
+                "classes": bank.sha256,
+                "adapter": common,
+                "individual": individual,
                 "participants": participants,
-                "recipe": self._config.recipe,
+                "recipe": self._training,
                 "seed": self._config.seed,
                 "deadline_s": self._config.deadline_s,
             }
         )
         self._link.do(self._end.publish_plan(plan))
-        return plan
+        return Expectation(plan, starts, known.bank.embeddings.shape[1], len(known.bank.classes))
 
-    def _collect(self, plan: RoundPlan) -> Collection:
+    def _starts(
+        self, number: int, known: Knowledge, participants: tuple[str, ...], common: str
+    ) -> tuple[bool, dict[str, Start]]:
+        """Decide what each participant starts from, and announce it where it is not the global adapter for all."""
+        ranks = {client: self._rank(client) for client in participants}
+        shapes = {r: adapter_shapes(self._model, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
+        if self._config.recipe.personal.query == "none" and set(ranks.values()) <= {self._training.rank}:
+            return False, {client: Start(common, shapes[rank]) for client, rank in ranks.items()}
+        own = self._end.serve_client_adapters(
+            self._run, number, {client: known.start_of(client, rank) for client, rank in ranks.items()}
+        )
+        self._link.do(self._end.publish_client_adapters(own))
+        return True, {client: Start(own[client].adapter.sha256, shapes[rank]) for client, rank in ranks.items()}
+
+    def _rank(self, client: str) -> int:
+        """Return the rank that a client trains: factors can be averaged at one rank only, products at any."""
+        limit, rank = self._online[client].max_rank, self._training.rank
+        return rank if limit is None or self._config.recipe.aggregation == "mean_of_factors" else min(rank, limit)
+
+    def _collect(self, expected: Expectation) -> Collection:
         """Take updates until quorum or deadline."""
-        expected = Expectation(plan, self._shapes, self._bank.embeddings.shape[1], len(self._bank.classes))
         collection = Collection(expected, self._config.quorum, time.monotonic())
-        log.info("round %d: %s", plan.round, ", ".join(plan.participants))
+        log.info("round %d: %s", expected.plan.round, ", ".join(expected.plan.participants))
         while (patience := collection.patience(time.monotonic())) > 0:
             for event in self._link.poll(min(patience, POLL_S)):
                 self._notice(event)
@@ -173,15 +200,16 @@ class Federation:
             log.warning("rejected %s: %s, %s", answer.client, answer.verdict.reason, answer.verdict.detail)
         self._link.do(self._end.answer(answer.client, answer.offer, answer.verdict))
 
-    def _record(self, collection: Collection, adapter: Adapter, seconds: float) -> RoundRecord:
-        """Save the adapter and sum up the round."""
-        number = collection.plan.round
-        name, digest = self._store.save_adapter(number, adapter)
+    def _record(
+        self, collection: Collection, lesson: Lesson, known: Knowledge, saved: tuple[str, str], seconds: float
+    ) -> RoundRecord:
+        """Sum up the round."""
         offers = {client: c.offer for client, c in sorted(collection.accepted.items())}
         samples = sum(offer.samples for offer in offers.values())
         bytes_up, self._end.bytes_up = dict(sorted(self._end.bytes_up.items())), type(self._end.bytes_up)()
+        text, attention = lesson.text, lesson.attention
         return RoundRecord(
-            round=number,
+            round=collection.plan.round,
             outcome="aggregated" if collection.has_quorum else "quorum-missed",
             accepted=list(offers),
             rejected=[
@@ -194,6 +222,17 @@ class Federation:
             seconds=seconds,
             bytes_up=bytes_up,
             bytes_down={client: offer.bytes_received for client, offer in offers.items()},
-            adapter=name,
-            adapter_sha256=digest,
+            adapter=saved[0],
+            adapter_sha256=saved[1],
+            bank_version=known.bank.version,
+            text=text and TextRecord(loss_before=text.before, loss_after=text.after, samples=text.samples),
+            own=list(lesson.renewed),
+            attention=attention
+            and AttentionRecord(
+                clients=list(attention.clients),
+                sources=list(attention.sources),
+                weights=attention.weights.tolist(),
+                entropy=attention.entropy.tolist(),
+            ),
+            class_accuracy=lesson.class_accuracy,
         )

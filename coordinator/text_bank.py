@@ -23,6 +23,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def mean_embedding(embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings of prompts (C, templates, D) -> unit mean over templates of the unit embeddings, (C, D), float64."""
+    mean = torch.nn.functional.normalize(embeds.double(), dim=-1).mean(dim=1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
 def make_bank(model: str, classes: Sequence[str], templates: Sequence[str], version: int = 1) -> TextBank:
     """Return the class bank of a model; raises ModelError.
 
@@ -35,7 +41,6 @@ def make_bank(model: str, classes: Sequence[str], templates: Sequence[str], vers
     with one_thread(), torch.no_grad():
         for name in classes:
             prompts = tokenizer([t.format(name) for t in templates], padding=True, truncation=True, return_tensors="pt")
-            embeds = tower(**prompts.to(device)).text_embeds.double()
-            mean = torch.nn.functional.normalize(embeds, dim=-1).mean(dim=0)
-            rows.append(torch.nn.functional.normalize(mean, dim=0).float().cpu().numpy())
+            embeds = tower(**prompts.to(device)).text_embeds
+            rows.append(mean_embedding(embeds[None])[0].float().cpu().numpy())
     return TextBank(version, tuple(classes), tuple(templates), np.stack(rows), facts.logit_scale, facts.name, facts.digest)

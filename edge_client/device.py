@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 
 from clip_lora.towers import default_device
 from edge_client.config import ClientConfig, Placement
+from edge_client.data import open_dataset
 from edge_client.participation import Participation
 from edge_client.train import Trainer
 from hardware_profiles.profile import Profile
@@ -31,6 +33,12 @@ def place(config: ClientConfig, profile: Profile) -> Placement:
 def new_client(config: ClientConfig, profile: Profile) -> tuple[Trainer, Participation, Status]:
     """Return what a client consists of besides its link: trainer, part in the federation, first status."""
     placement = place(config, profile)
-    status = Status(state="online", profile=profile.name, bits=placement.bits, device=placement.device)
-    trainer = Trainer(config.id, config.data, placement, config.model)
-    return trainer, Participation(config.id, status), status
+    status = Status(
+        state="online",
+        profile=profile.name,
+        bits=placement.bits,
+        device=placement.device,
+        max_rank=placement.max_rank,
+    )
+    trainer = Trainer(config.id, partial(open_dataset, config.data), placement, config.model)
+    return trainer, Participation(status), status

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.events import Answered, ClientEvent, Finished, LinkChanged, PlanReady, Unreadable
-from protocol.messages import RoundPlan, Status, TrainingResult
+from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
+from protocol.messages import Status, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class _Done:
 class Participation:
     """One client's part in a federation. It trains at most one plan at a time, and each plan once."""
 
-    def __init__(self, client_id: str, status: Status) -> None:
-        self._id = client_id
+    def __init__(self, status: Status) -> None:
         self._status = status
         self._current: PlanReady | None = None
         self._training: PlanReady | None = None
@@ -61,6 +60,9 @@ class Participation:
         match event:
             case PlanReady():
                 return self._planned(event)
+            case NotDrawn(plan=plan):
+                self._current = None
+                return [Withdraw(), self._announce("waiting", plan.round, "not drawn for this round")]
             case Finished(plan=plan):
                 self._current = None
                 return [Withdraw(), self._announce("waiting", plan.round, "federation finished")]
@@ -77,10 +79,9 @@ class Participation:
         trained, self._training = self._training, None
         if trained is None or self._current is None:
             return []
-        plan = self._current.plan
-        if _key(trained.plan) != _key(plan):
+        if _key(trained) != _key(self._current):
             return self._planned(self._current)
-        return self._send(result, plan)
+        return self._send(result, self._current)
 
     def failed(self, problem: str) -> list[Step]:
         """Take in a failed training: everybody is told why."""
@@ -91,19 +92,17 @@ class Participation:
     def _planned(self, ready: PlanReady) -> list[Step]:
         self._current = ready
         plan, done = ready.plan, self._done
-        if self._id not in plan.participants:
-            return [Withdraw(), self._announce("waiting", plan.round, "not drawn for this round")]
-        if done is not None and done.key == _key(plan):
+        if done is not None and done.key == _key(ready):
             # Said again by the same coordinator, the offer stands; a restarted one has forgotten what it accepted.
-            return [] if done.start == plan.start else [Withdraw(), *self._send(done.result, plan)]
+            return [] if done.start == plan.start else [Withdraw(), *self._send(done.result, ready)]
         if self._training is not None:
             return [Withdraw()]
         self._training = ready
         return [Withdraw(), Train(ready), self._announce("training", plan.round)]
 
-    def _send(self, result: TrainingResult, plan: RoundPlan) -> list[Step]:
-        self._done = _Done(result, _key(plan), plan.start)
-        return [Send(result), self._announce("uploading", plan.round)]
+    def _send(self, result: TrainingResult, ready: PlanReady) -> list[Step]:
+        self._done = _Done(result, _key(ready), ready.plan.start)
+        return [Send(result), self._announce("uploading", ready.plan.round)]
 
     def _announce(self, phase: str, number: int | None, detail: str = "") -> Announce:
         fields = {**self._status.model_dump(), "phase": phase, "round": number, "detail": detail}
@@ -111,5 +110,5 @@ class Participation:
         return Announce(self._status)
 
 
-def _key(plan: RoundPlan) -> tuple[str, int, str, str]:
-    return (plan.run, plan.round, plan.classes, plan.adapter.sha256)
+def _key(ready: PlanReady) -> tuple[str, int, str, str]:
+    return (ready.plan.run, ready.plan.round, ready.plan.classes, ready.base)

@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clip_lora.algebra import rank_of
 from clip_lora.lora import adapter_state, load_adapter
+from clip_lora.preprocess import Preprocessing
 from clip_lora.towers import ModelFacts, model_facts
 from edge_client.config import Placement
-from edge_client.data import Dataset, open_dataset
+from edge_client.data import Dataset
 from edge_client.encoder import ImageEncoder
+from edge_client.encoders import Encoders
 from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
 from protocol.events import PlanReady
@@ -28,6 +31,8 @@ from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingRes
 log = logging.getLogger(__name__)
 
 EVAL_BATCH = 64
+OpenPictures = Callable[[Sequence[str], Preprocessing], Dataset]
+"""Opens this device's pictures against the class bank's classes."""
 
 
 class TrainingStopped(Exception):  # noqa: N818 - not an error: the process was asked to end
@@ -46,14 +51,20 @@ class Metrics:
 class Trainer:
     """Runs rounds on this device's pictures."""
 
-    def __init__(self, client_id: str, source: str, placement: Placement, model: str | None) -> None:
+    def __init__(
+        self,
+        client_id: str,
+        open_pictures: OpenPictures,
+        placement: Placement,
+        model: str | None,
+        encoders: Encoders | None = None,
+    ) -> None:
         self._id = client_id
-        self._source = source
+        self._open_pictures = open_pictures
         self._placement = placement
         self._model = model
         self._facts: ModelFacts | None = None
-        self._encoder: ImageEncoder | None = None
-        self._shape: tuple[object, ...] | None = None
+        self._encoders = encoders or Encoders()
         self._data: Dataset | None = None
         self._classes: tuple[str, ...] | None = None
 
@@ -65,7 +76,8 @@ class Trainer:
         if recipe.rank > self._placement.max_rank:
             raise UnfitPlanError(
                 f"the federation trains rank {recipe.rank}, this device's profile allows {self._placement.max_rank}: lower "
-                f"rank in the coordinator's recipe, or name another profile"
+                f"rank in the coordinator's recipe, set its aggregation to mean_of_products, which serves each device its "
+                f"own rank, or name another profile"
             )
         name = self._model or bank.model
         if self._facts is None or self._facts.name != name:
@@ -75,27 +87,24 @@ class Trainer:
                 f"model {name!r} here has weights {self._facts.digest[:12]}, the federation trains {bank.model!r} with "
                 f"{bank.model_digest[:12]}: install the same weights on this device, or set `model` to them"
             )
-        shape = (name, recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
-        if self._encoder is None or shape != self._shape:
-            self._encoder, self._shape = ImageEncoder(name, self._placement.bits, self._placement.device, recipe), shape
+        encoder = self._encoders.get(name, self._placement.bits, self._placement.device, recipe)
         if self._data is None or self._classes != bank.classes:
-            self._data = open_dataset(self._source, bank.classes, self._encoder.preprocessing)
+            self._data = self._open_pictures(bank.classes, encoder.preprocessing)
             self._classes = bank.classes
-            log.info("%d pictures in %s", len(self._data), self._source)
-        return self._encoder, self._data
+            log.info("%d pictures", len(self._data))
+        return encoder, self._data
 
     def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
         """Train one round and return what goes up."""
         plan, bank = ready.plan, ready.bank
         started = time.monotonic()
-        encoder, data = self.prepare(bank, plan.recipe)
+        recipe = plan.recipe.at_rank(rank_of(ready.adapter))
+        encoder, data = self.prepare(bank, recipe)
         seed = derive_seed(plan.seed, plan.round, self._id)
         load_adapter(encoder.model, ready.adapter)
-        metrics = local_steps(encoder, data, bank, plan.recipe, seed, self._placement.batch_size, stopped)
-        update, accuracy = summarise(encoder, data, bank, plan.recipe, seed)
-        return TrainingResult(
-            plan.round, plan.adapter.sha256, update, len(data), metrics.loss, accuracy, time.monotonic() - started
-        )
+        metrics = local_steps(encoder, data, bank, recipe, seed, self._placement.batch_size, stopped)
+        update, accuracy = summarise(encoder, data, bank, recipe, seed)
+        return TrainingResult(plan.round, ready.base, update, len(data), metrics.loss, accuracy, time.monotonic() - started)
 
 
 def derive_seed(federation_seed: int, number: int, client: str) -> int:
@@ -163,6 +172,7 @@ def summarise(encoder: ImageEncoder, data: Dataset, bank: TextBank, recipe: Reci
         (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32),
         present.astype(np.int32),
         np.array([(data.labels == c).sum() for c in present], np.int32),
+        np.array([((data.labels == c) & correct).sum() for c in present], np.int32),
         features[picked],
         data.labels[picked].astype(np.int32),
     )

@@ -176,6 +176,10 @@ class MemoryBus:
         except queue.Empty:
             return None
 
+    def idle(self) -> bool:
+        """Tell whether no event waits to be received."""
+        return self._inbox.empty()
+
     def room(self) -> int:
         """Memory has no slow link: the window is always open."""
         return self.WINDOW

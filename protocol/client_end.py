@@ -18,11 +18,12 @@ from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publi
 from protocol.codec import decode_adapter, decode_bank, encode_update, reference
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
 from protocol.errors import BusError, WireError
-from protocol.events import Answered, ClientEvent, Finished, LinkChanged, PlanReady, Unreadable
+from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
 from protocol.messages import (
     Adapter,
     BlobRef,
     ClassBankManifest,
+    ClientAdapter,
     Manifest,
     Need,
     Offer,
@@ -75,6 +76,7 @@ class ClientEnd:
         self._status = Status(state="online")
         self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
+        self._own: ClientAdapter | None = None
         self._announced: tuple[object, ...] | None = None
         self._bank: _Wanted[TextBank] | None = None
         self._adapter: _Wanted[Adapter] | None = None
@@ -184,6 +186,9 @@ class ClientEnd:
             assert address.sha256 is not None
             assert address.index is not None
             return self._chunk(address.sha256, address.index, payload, now)
+        return self._manifest_came(address, payload, now)
+
+    def _manifest_came(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
         envelope = decode(payload)
         if envelope.federation != address.federation or envelope.sender != COORDINATOR:
             raise WireError(f"a manifest of federation {envelope.federation!r} by {envelope.sender!r}")
@@ -194,6 +199,8 @@ class ClientEnd:
                 return self._classes(expect(envelope, ClassBankManifest))
             case "round":
                 return self._round(expect(envelope, RoundPlan))
+            case "adapter":
+                return self._own_adapter(expect(envelope, ClientAdapter))
             case "need":
                 self._needed(expect(envelope, Need), now)
                 return [], []
@@ -216,11 +223,33 @@ class ClientEnd:
         self._plan = plan
         if plan.state == "finished":
             return [], [Finished(plan)]
-        if self._adapter is not None and self._adapter.is_for(plan.adapter):
+        if self._id not in plan.participants:
+            return [], [NotDrawn(plan)]
+        return self._want_start()
+
+    def _own_adapter(self, manifest: ClientAdapter) -> tuple[list[Action], list[ClientEvent]]:
+        self._own = manifest
+        return self._want_start()
+
+    def _start(self) -> BlobRef | None:
+        """Return the adapter that the open round starts from here, None while that is not known."""
+        plan, own = self._plan, self._own
+        if plan is None or plan.state != "open" or self._id not in plan.participants:
+            return None
+        if not plan.individual:
+            return plan.adapter
+        return own.adapter if own is not None and (own.run, own.round) == (plan.run, plan.round) else None
+
+    def _want_start(self) -> tuple[list[Action], list[ClientEvent]]:
+        """Fetch what the open round starts from, unless it is here."""
+        ref = self._start()
+        if ref is None:
+            return [], []
+        if self._adapter is not None and self._adapter.is_for(ref):
             return [], self._ready()
         actions = self._stop_fetching(self._adapter)
-        self._adapter = _Wanted(Fetch(plan.adapter, Repeat(self._rng)), decode_adapter)
-        return [*actions, Subscribe(self.topics.blob_filter(plan.adapter.sha256))], []
+        self._adapter = _Wanted(Fetch(ref, Repeat(self._rng)), decode_adapter)
+        return [*actions, Subscribe(self.topics.blob_filter(ref.sha256))], []
 
     def _stop_fetching(self, wanted: _Wanted[Record] | None) -> list[Action]:
         if wanted is None or wanted.record is not None:
@@ -252,23 +281,18 @@ class ClientEnd:
 
     def _ready(self) -> list[ClientEvent]:
         """Report the plan once, when all that it names is here."""
-        plan, bank, adapter = self._plan, self._bank, self._adapter
-        if (
-            plan is None
-            or plan.state != "open"
-            or bank is None
-            or adapter is None
-            or bank.record is None
-            or adapter.record is None
-        ):
+        plan, start, bank, adapter = self._plan, self._start(), self._bank, self._adapter
+        if plan is None or start is None or bank is None or adapter is None:
             return []
-        if bank.ref.sha256 != plan.classes or adapter.ref.sha256 != plan.adapter.sha256:
+        if bank.record is None or adapter.record is None:
             return []
-        what = (plan.run, plan.start, plan.round, plan.classes, plan.adapter.sha256)
+        if (bank.ref.sha256, adapter.ref.sha256) != (plan.classes, start.sha256):
+            return []
+        what = (plan.run, plan.start, plan.round, plan.classes, start.sha256)
         if what == self._announced:
             return []
         self._announced = what
-        return [PlanReady(plan, bank.record, adapter.record)]
+        return [PlanReady(plan, bank.record, adapter.record, start.sha256)]
 
     def _needed(self, need: Need, now: float) -> None:
         if self._upload is not None and need.sha256 == self._upload.offer.blob.sha256:

@@ -110,6 +110,7 @@ def encode_update(update: Update) -> bytes:
         "prototypes": _half(update.prototypes, "prototypes"),
         "prototype_classes": update.prototype_classes.astype(np.int32),
         "prototype_counts": update.prototype_counts.astype(np.int32),
+        "prototype_correct": update.prototype_correct.astype(np.int32),
         "features": np.rint(update.features / scale).astype(np.int8),
         "feature_scales": scale[:, 0],
         "labels": update.labels.astype(np.int32),
@@ -124,10 +125,11 @@ def decode_update(blob: bytes) -> Update:
     prototypes = _take(arrays, "prototypes", np.float16, 2)
     classes = _take(arrays, "prototype_classes", np.int32, 1)
     counts = _take(arrays, "prototype_counts", np.int32, 1)
+    correct = _take(arrays, "prototype_correct", np.int32, 1)
     features = _take(arrays, "features", np.int8, 2)
     scales = _take(arrays, "feature_scales", np.float32, 1)
     labels = _take(arrays, "labels", np.int32, 1)
-    if not len(prototypes) == len(classes) == len(counts) or not len(features) == len(scales) == len(labels):
+    if not len(prototypes) == len(classes) == len(counts) == len(correct) or not len(features) == len(scales) == len(labels):
         raise WireError("update whose prototypes, counts, features and labels differ in number")
     if not np.all((scales > 0) & (scales <= 1.0)):
         raise WireError("update whose feature scales are not above 0 and at most 1")
@@ -136,6 +138,7 @@ def decode_update(blob: bytes) -> Update:
         prototypes.astype(np.float32),
         classes,
         counts,
+        correct,
         features.astype(np.float32) * scales[:, None],
         labels,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
@@ -20,6 +21,7 @@ from protocol.messages import (
     Adapter,
     BlobRef,
     ClassBankManifest,
+    ClientAdapter,
     Manifest,
     Need,
     Offer,
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 GATHER_S = 0.05
 UPLOAD_WINDOW = 16
+BROADCASTS = (ClassBankManifest.kind, RoundPlan.kind)
 
 
 @dataclass
@@ -57,6 +60,7 @@ class CoordinatorEnd:
         self._max_update = max_update_bytes
         self._chunk_size = chunk_size(None)
         self._retained: dict[str, Manifest] = {}
+        self._own: dict[str, ClientAdapter] = {}
         self._serves: dict[str, Serve] = {}
         self._clients: dict[str, _Client] = {}
 
@@ -68,6 +72,23 @@ class CoordinatorEnd:
     def serve_adapter(self, adapter: Adapter) -> BlobRef:
         """Serve the global adapter of the next plan; it replaces the last one."""
         return self._serve("round", encode_adapter(adapter))
+
+    def serve_client_adapters(self, run: str, number: int, adapters: Mapping[str, Adapter]) -> dict[str, ClientAdapter]:
+        """Serve the adapters that clients start round `number` from; they replace the last round's. Equal ones once."""
+        self._serves = {slot: serve for slot, serve in self._serves.items() if slot in BROADCASTS}
+        own: dict[str, ClientAdapter] = {}
+        for client, adapter in adapters.items():
+            blob = encode_adapter(adapter)
+            ref = reference(blob, self._chunk_size)
+            if all(serve.ref.sha256 != ref.sha256 for serve in self._serves.values()):
+                self._serve(ref.sha256, blob)
+            own[client] = ClientAdapter(run=run, round=number, adapter=ref)
+        return own
+
+    def publish_client_adapters(self, own: Mapping[str, ClientAdapter]) -> list[Action]:
+        """Announce each client's own adapter, retained, before the plan that asks for it."""
+        self._own = dict(sorted(own.items()))
+        return [self._announce_own(client) for client in self._own]
 
     def publish_plan(self, plan: RoundPlan) -> list[Action]:
         """Announce a round plan, retained. Its adapter must be served already. Uploads of other rounds are given up."""
@@ -135,6 +156,7 @@ class CoordinatorEnd:
         for state in self._clients.values():
             if state.fetch is not None:
                 state.fetch.repeat.again()
+        actions += [self._announce_own(client) for client in self._own]
         return [*actions, *(self._broadcast(manifest) for manifest in self._retained.values())]
 
     def _cut_anew(self, size: int) -> None:
@@ -149,6 +171,9 @@ class CoordinatorEnd:
                     self._retained[slot] = manifest.model_copy(update={"blob": ref})
                 case RoundPlan() as plan if plan.adapter.sha256 == ref.sha256:
                     self._retained[slot] = plan.model_copy(update={"adapter": ref})
+            for client, own in self._own.items():
+                if own.adapter.sha256 == ref.sha256:
+                    self._own[client] = own.model_copy(update={"adapter": ref})
 
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[CoordinatorEvent]]:
         client = address.client
@@ -212,6 +237,10 @@ class CoordinatorEnd:
     def _to(self, client: str, manifest: Manifest) -> Publish:
         data = encode(Envelope(self.topics.federation, COORDINATOR, manifest))
         return Publish(self.topics.to(client, manifest.kind), data, expiry_s=CHUNK_EXPIRY_S)
+
+    def _announce_own(self, client: str) -> Publish:
+        data = encode(Envelope(self.topics.federation, COORDINATOR, self._own[client]))
+        return Publish(self.topics.to(client, ClientAdapter.kind), data, retain=True)
 
     def _broadcast(self, manifest: Manifest) -> Publish:
         data = encode(Envelope(self.topics.federation, COORDINATOR, manifest))

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from protocol.errors import WireError
-from protocol.messages import ClassBankManifest, Manifest, Name, Need, Offer, Receipt, RoundPlan, Status
+from protocol.messages import ClassBankManifest, ClientAdapter, Manifest, Name, Need, Offer, Receipt, RoundPlan, Status
 
 VERSION = 1
 MAX_MANIFEST = 16 * 1024
 COORDINATOR = "coordinator"
 
 KINDS: dict[str, type[Manifest]] = {
-    manifest.kind: manifest for manifest in (ClassBankManifest, RoundPlan, Offer, Need, Receipt, Status)
+    manifest.kind: manifest for manifest in (ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Status)
 }
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 

@@ -9,11 +9,19 @@ from protocol.messages import Adapter, Offer, Receipt, RoundPlan, Status, TextBa
 
 @dataclass(frozen=True)
 class PlanReady:
-    """A round plan has arrived whole: with its class bank and its global adapter."""
+    """A round plan has arrived whole: with its class bank and the adapter to start from, whose hash is `base`."""
 
     plan: RoundPlan
     bank: TextBank
     adapter: Adapter
+    base: str
+
+
+@dataclass(frozen=True)
+class NotDrawn:
+    """A round without this client; nothing is fetched for it but the class bank."""
+
+    plan: RoundPlan
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class LinkChanged:
     reason: str = ""
 
 
-ClientEvent = PlanReady | Finished | Unreadable | Answered | LinkChanged
+ClientEvent = PlanReady | NotDrawn | Finished | Unreadable | Answered | LinkChanged
 
 
 @dataclass(frozen=True)

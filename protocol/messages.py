@@ -77,6 +77,10 @@ class Recipe(BaseModel):
     mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     features_per_class: Annotated[int, Field(ge=0, le=100_000)] = 16
 
+    def at_rank(self, rank: int) -> Recipe:
+        """Return the recipe for a device of another rank: alpha / rank stays, so that B A means the same everywhere."""
+        return self if rank == self.rank else self.model_copy(update={"rank": rank, "alpha": self.alpha * rank / self.rank})
+
     @model_validator(mode="after")
     def _projections_are_a_set(self) -> Recipe:
         if not self.projections or len(set(self.projections)) != len(self.projections):
@@ -97,7 +101,8 @@ class RoundPlan(Manifest):
 
     `run` names one run of the federation, from its first round to its last, restarts of the coordinator included; within
     it rounds only rise. `start` counts the coordinator's starts: what an earlier one accepted must
-    be offered again. `classes` is the hash of the bank to train against.
+    be offered again. `classes` is the hash of the bank to train against. `adapter` is the global adapter; if
+    `individual`, each participant starts from an adapter of its own instead, which a `ClientAdapter` names.
     """
 
     kind: ClassVar[str] = "round"
@@ -107,10 +112,20 @@ class RoundPlan(Manifest):
     state: Literal["open", "finished"]
     classes: Sha256
     adapter: BlobRef
+    individual: bool = False
     participants: tuple[Name, ...]
     recipe: Recipe
     seed: Count
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ClientAdapter(Manifest):
+    """Points to the adapter from which one client starts a round: personalised, or of this client's own rank."""
+
+    kind: ClassVar[str] = "adapter"
+    run: Name
+    round: Count
+    adapter: BlobRef
 
 
 class Offer(Manifest):
@@ -156,6 +171,7 @@ class Status(Manifest):
     profile: Name | None = None
     bits: Literal[4, 8, 32] | None = None
     device: Name | None = None
+    max_rank: Annotated[int, Field(ge=1, le=256)] | None = None
     detail: Text = ""
 
 
@@ -176,13 +192,15 @@ class TextBank:
 class Update:
     """What a client learned: adapter, unit class prototypes (P, D) with counts, unit features (F, D) with labels.
 
-    `prototype_classes`, `prototype_counts` (P,) and `labels` (F,) are indices into the class bank and counts.
+    `prototype_classes` (P,) and `labels` (F,) are indices into the class bank; of the `prototype_counts` (P,) samples of
+    a class, `prototype_correct` (P,) were predicted correctly.
     """
 
     adapter: Adapter
     prototypes: FloatArray
     prototype_classes: IntArray
     prototype_counts: IntArray
+    prototype_correct: IntArray
     features: FloatArray
     labels: IntArray
 

@@ -28,10 +28,10 @@ def export(
     """
     from coordinator.config import load
     from coordinator.errors import FederationError
-    from coordinator.store import Store
+    from coordinator.store import FIRST_BANK, Store
     from edge_client.data import find_pictures, readable_pictures
     from export.artefact import Source, export_artefact
-    from protocol.codec import decode_adapter, decode_bank
+    from protocol.codec import decode_adapter
 
     config = load(settings)
     store = Store(config.state)
@@ -43,7 +43,8 @@ def export(
         raise FederationError(f"round {number} has no adapter in {config.state}: there are rounds 0 to {records[-1].round}")
     found = readable_pictures(find_pictures(data), data)
     chosen = [picture.load() for picture in found[:: max(1, len(found) // pictures)][:pictures]]
-    bank = decode_bank(store.bank_path.read_bytes())
+    versions = {record.round: record.bank_version for record in records}
+    bank = store.bank(versions.get(number, FIRST_BANK))
     adapter = decode_adapter(store.adapter_path(number).read_bytes())
     run = store.run()
     if run is None:

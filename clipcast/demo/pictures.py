@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clipcast.demo.partition import split
+from clipcast.partition import split
 from clipcast.demo.settings import DemoSettings
 from edge_client.data import DIGIT_NAMES, Picture, find_pictures, readable_pictures
 

@@ -31,7 +31,7 @@ class DemoSettings:
         cls, clients: int, rounds: int, bits: int, data: str, partition: str, seed: int, out: Path, broker: str | None
     ) -> DemoSettings:
         """Return the settings; raises SettingsError for what cannot work."""
-        from clipcast.demo.partition import parse_partition
+        from clipcast.partition import parse_partition
 
         parse_partition(partition)
         if broker is not None:

@@ -23,10 +23,10 @@ from clipcast.demo.pictures import Layout, lay_out
 from clipcast.demo.processes import Process, running, write_settings
 from clipcast.demo.settings import DemoSettings
 from clipcast.exit_codes import INTERRUPTED
-from coordinator.store import RoundRecord, Store
+from coordinator.store import FIRST_BANK, RoundRecord, Store
 from edge_client.infer import Classifier
 from export.artefact import Source, export_artefact
-from protocol.codec import decode_adapter, decode_bank
+from protocol.codec import decode_adapter
 from protocol.events import ClientSeen
 from protocol.files import write_atomic
 from protocol.link import Link
@@ -130,9 +130,9 @@ def _first_state(
     store: Store, processes: list[Process], link: Link[ClientSeen], table: LiveTable
 ) -> tuple[TextBank, Adapter]:
     """Wait until the coordinator has saved its class bank and the initial adapter; its failure ends the wait."""
-    while not (store.bank_path.exists() and store.adapter_path(0).exists()):
+    while not (store.bank_path(FIRST_BANK).exists() and store.adapter_path(0).exists()):
         _watch(processes, link, table)
-    return decode_bank(store.bank_path.read_bytes()), decode_adapter(store.adapter_path(0).read_bytes())
+    return store.bank(FIRST_BANK), decode_adapter(store.adapter_path(0).read_bytes())
 
 
 def _records(

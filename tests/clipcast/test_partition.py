@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcast.demo.partition import MIN_SAMPLES, parse_partition, split
+from clipcast.partition import MIN_SAMPLES, parse_partition, split
 from protocol.settings import SettingsError
 
 PARTITIONS = ("iid", "disjoint", "dirichlet:0.1", "dirichlet:0.5", "dirichlet:100")

@@ -41,7 +41,7 @@ class Lab:
 
     def run(self, trainer, leave_when="never"):
         """Accept every update until the client's loop has ended; it is told to leave when it announces `leave_when`."""
-        part = Participation("ann", Status(state="online"))
+        part = Participation(Status(state="online"))
         with ThreadPoolExecutor(1) as pool:
             loop = pool.submit(participate, self.client_link, self.client_end, trainer, part, self.stop)
             give_up = time.monotonic() + 60.0
@@ -141,7 +141,7 @@ def test_a_diverged_training_is_announced_and_the_client_stays(make_ready, make_
     reason = "not finite"
     trainer = Diverging(make_trainer())
     with ThreadPoolExecutor(1) as pool:
-        part = Participation("ann", Status(state="online"))
+        part = Participation(Status(state="online"))
         loop = pool.submit(participate, lab.client_link, lab.client_end, trainer, part, lab.stop)
         give_up = time.monotonic() + 60.0
         while not any(status.phase == "failed" and reason in status.detail for status in lab.statuses):

@@ -46,7 +46,7 @@ def answered(event, accepted=True, reason="accepted"):
 
 @pytest.fixture
 def client():
-    return Participation("ann", Status(state="online", profile="generic-cpu", bits=4, device="cpu"))
+    return Participation(Status(state="online", profile="generic-cpu", bits=4, device="cpu"))
 
 
 def kinds(steps):
@@ -209,7 +209,7 @@ ORDERS = st.lists(
 @settings(deadline=None, max_examples=300)
 @given(order=ORDERS)
 def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_current_plan_are_sent(order):
-    client = Participation("ann", Status(state="online"))
+    client = Participation(Status(state="online"))
     running: PlanReady | None = None
     current: PlanReady | None = None
     sent: PlanReady | None = None

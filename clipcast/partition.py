@@ -1,4 +1,7 @@
-"""Who gets which pictures: IID, Dirichlet over classes, or disjoint classes (docs/method.md, "Partitions")."""
+"""Who gets which pictures: IID, Dirichlet over classes, or disjoint classes (docs/method.md, "Partitions").
+
+Disjoint: the classes are cut into groups of at least two, which share no class; clients that outnumber the groups share them.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +64,14 @@ def _dirichlet(labels: NDArray[np.int32], clients: int, alpha: float, rng: np.ra
 
 
 def _disjoint(labels: NDArray[np.int32], clients: int, rng: np.random.Generator) -> list[Indices]:
+    """Share out groups of at least two classes; a group's pictures are dealt out among its clients."""
     classes = rng.permutation(np.unique(labels))
-    if len(classes) < clients:
-        raise SettingsError(f"{len(classes)} classes cannot be shared out among {clients} clients without overlap")
-    parts = [np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, clients)]
+    groups = [np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, max(1, min(clients, len(classes) // 2)))]
+    parts: list[Indices] = [np.zeros(0, np.int64)] * clients
+    for number, group in enumerate(groups):
+        members = range(number, clients, len(groups))
+        for client, part in zip(members, np.array_split(rng.permutation(group), len(members)), strict=True):
+            parts[client] = np.sort(part)
     if min(map(len, parts)) < MIN_SAMPLES:
         raise SettingsError(f"a client's classes hold fewer than {MIN_SAMPLES} pictures: take fewer clients")
     return parts

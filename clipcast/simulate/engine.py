@@ -1,0 +1,51 @@
+"""Who trains the virtual clients: this process, one after another, all on one quantised base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Protocol
+
+from edge_client.config import Placement
+from edge_client.encoders import Encoders
+from edge_client.train import OpenPictures, Trainer
+from protocol.events import PlanReady
+from protocol.messages import TrainingResult
+
+MAX_RANK = 256
+BATCH_LIMIT = 4096
+
+
+class Engine(Protocol):
+    """Trains clients; results do not depend on which engine it is."""
+
+    def submit(self, client: str, ready: PlanReady) -> Future[TrainingResult]:
+        """Start a client's training."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+
+class LocalEngine:
+    """Trains at once, in the caller's thread."""
+
+    def __init__(self, pictures: Mapping[str, OpenPictures], bits: int, encoders: Encoders, device: str) -> None:
+        self._trainers = new_trainers(pictures, bits, encoders, device)
+
+    def submit(self, client: str, ready: PlanReady) -> Future[TrainingResult]:
+        """Train, and return what is done already."""
+        done: Future[TrainingResult] = Future()
+        done.set_result(self._trainers[client].run(ready, lambda: False))
+        return done
+
+    def close(self) -> None:
+        """Forget the clients' pictures."""
+        self._trainers = {}
+
+
+def new_trainers(
+    pictures: Mapping[str, OpenPictures], bits: int, encoders: Encoders, device: str
+) -> dict[str, Trainer]:
+    """Return a trainer for each client, all with the same encoders."""
+    placement = Placement(bits, BATCH_LIMIT, MAX_RANK, device)  # type: ignore[arg-type] - checked with the settings
+    return {client: Trainer(client, source, placement, None, encoders) for client, source in pictures.items()}

@@ -1,0 +1,104 @@
+"""What the coordinator makes of a round's updates: steps 4 to 6 of docs/method.md, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coordinator.aggregate import Contribution, aggregate
+from coordinator.personal import Attention, at_rank, personalise
+from coordinator.recipe import FederationRecipe
+from coordinator.text_side import TextLoss, TextSamples, TextSide
+from protocol.codec import decode_adapter, encode_adapter
+from protocol.messages import Adapter, TextBank
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a federation knows after a round: class bank, global adapter, text adapter, clients' own adapters.
+
+    Adapters have the values that are stored (float16), so that a restarted coordinator computes the same bits.
+    """
+
+    bank: TextBank
+    adapter: Adapter
+    text: Adapter | None = None
+    own: Mapping[str, Adapter] = field(default_factory=dict)
+
+    def start_of(self, client: str, rank: int) -> Adapter:
+        """Return the adapter that a client of this rank starts its next round from."""
+        return at_rank(self.own.get(client, self.adapter), rank)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a round's learning went: None for what the recipe leaves out."""
+
+    text: TextLoss | None
+    attention: Attention | None
+    class_accuracy: dict[str, float]
+
+    @property
+    def renewed(self) -> tuple[str, ...]:
+        """The clients whose own adapters are new."""
+        return self.attention.clients if self.attention else ()
+
+
+class Learner:
+    """Turns contributions into knowledge by a recipe."""
+
+    def __init__(self, bank: TextBank, recipe: FederationRecipe, seed: int) -> None:
+        self._recipe = recipe
+        self._text = TextSide(bank, recipe.text, seed) if recipe.text.steps else None
+
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, int]] | None:
+        """Return the shapes of the text adapter, None if the text side is not trained."""
+        return self._text.shapes if self._text else None
+
+    def learn(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
+        """Train the text side, average, personalise."""
+        recipe = self._recipe
+        bank, text, loss = self._train_text(contributions, known)
+        common = stored(aggregate(contributions, recipe.aggregation, recipe.rank, known.adapter))
+        own, attention = dict(known.own), None
+        if recipe.personal.query != "none":
+            personal, attention = personalise(contributions, recipe, bank.embeddings, common)
+            own |= {client: stored(adapter) for client, adapter in personal.items()}
+        lesson = Lesson(loss, attention, class_accuracy(contributions, bank))
+        return Knowledge(bank, common, text, own), lesson
+
+    def _train_text(
+        self, contributions: Mapping[str, Contribution], known: Knowledge
+    ) -> tuple[TextBank, Adapter | None, TextLoss | None]:
+        if self._text is None:
+            return known.bank, known.text, None
+        samples = TextSamples.gather(contributions, self._recipe.text)
+        if not len(samples):
+            return known.bank, known.text, None
+        if known.text is not None:
+            self._text.load(known.text)
+        loss = self._text.train(samples)
+        text = stored(self._text.adapter())
+        self._text.load(text)
+        return self._text.bank(known.bank.version + 1), text, loss
+
+
+NO_LESSON = Lesson(None, None, {})
+
+
+def stored(adapter: Adapter) -> Adapter:
+    """Return the adapter as it comes back from disk or wire."""
+    return decode_adapter(encode_adapter(adapter))
+
+
+def class_accuracy(contributions: Mapping[str, Contribution], bank: TextBank) -> dict[str, float]:
+    """Return by class the share of the clients' own pictures that they predicted correctly, after training."""
+    seen, correct = np.zeros(len(bank.classes), np.int64), np.zeros(len(bank.classes), np.int64)
+    for contribution in contributions.values():
+        update = contribution.update
+        np.add.at(seen, update.prototype_classes, update.prototype_counts)
+        np.add.at(correct, update.prototype_classes, update.prototype_correct)
+    return {name: float(correct[c] / seen[c]) for c, name in enumerate(bank.classes) if seen[c]}

@@ -1,0 +1,118 @@
+"""The one place that decides which parts of the method are on. A baseline is a recipe, never a fork of the code.
+
+In a federation's TOML: `recipe = "fedalign"`, or a table with single overrides: `recipe = { name = "fedalign", mu = 0.2,
+text = { steps = 50 } }`. docs/method.md says what each part does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from protocol.messages import Projection, Recipe
+
+Aggregation = Literal["mean_of_factors", "mean_of_products", "none"]
+Query = Literal["none", "R1", "R2", "R3", "identity"]
+RecipeName = Literal["fedalign", "fedlora", "local", "zero-shot", "feddtl"]
+
+
+class TextTraining(BaseModel):
+    """How the coordinator trains its text side on uploaded features (docs/method.md, step 4); 0 steps: not at all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    steps: Annotated[int, Field(ge=0, le=100_000)] = 0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    rank: Annotated[int, Field(ge=1, le=256)] = 4
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    projections: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    first_block: Annotated[int, Field(ge=0)] = 0
+    prototypes_for_missing: bool = True
+    balance_classes: bool = True
+
+
+class Personalisation(BaseModel):
+    """How clients' own adapters are made (docs/method.md, step 6).
+
+    Blocks below `cut` take the global adapter. `own_share` of the attention stays with the client itself. With
+    `clusters` above 0 clients attend to so many cluster means instead of to each other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    query: Query = "none"
+    tau_q: Annotated[float, Field(gt=0)] = 0.1
+    cut: Annotated[int, Field(ge=0)] = 0
+    own_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clusters: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _tau_is_a_number(self) -> Personalisation:
+        if math.isnan(self.tau_q):
+            raise ValueError("tau_q must be above 0; inf gives everybody the global mean")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fedalign": {"text": {"steps": 30}, "personal": {"query": "R1"}},
+    "fedlora": {"mu": 0.0, "features_per_class": 0},
+    "local": {"mu": 0.0, "features_per_class": 0, "aggregation": "none", "personal": {"query": "identity"}},
+    "zero-shot": {"local_steps": 0, "features_per_class": 0, "aggregation": "none"},
+    "feddtl": {"mu": 0.0, "first_block": -3, "text": {"steps": 30, "prototypes_for_missing": False}},
+}
+
+
+class FederationRecipe(Recipe):
+    """What clients do (the inherited fields, which travel in the plan) and what the coordinator does.
+
+    A negative `first_block` counts from the last block: -3 adapts the last three.
+    """
+
+    first_block: int = 0
+    name: RecipeName = "fedalign"
+    aggregation: Aggregation = "mean_of_factors"
+    text: TextTraining = TextTraining()
+    personal: Personalisation = Personalisation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, given: Any) -> Any:
+        given = {"name": given} if isinstance(given, str) else given
+        if not isinstance(given, Mapping):
+            return given
+        name = given.get("name", "fedalign")
+        if name not in PRESETS:
+            raise ValueError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}")
+        return _merge({"name": name, **PRESETS[name]}, given)
+
+    def training(self, depth: int) -> Recipe:
+        """Return what travels to the clients, for an image tower of `depth` blocks."""
+        fields = self.model_dump(include=set(Recipe.model_fields))
+        if self.first_block < 0:
+            fields["first_block"] = max(0, depth + self.first_block)
+        return Recipe.model_validate(fields)
+
+
+def parse_recipe(text: str) -> FederationRecipe:
+    """Read `NAME[+KEY=VALUE...]`, e.g. `fedalign+mu=0+personal.tau_q=inf`; raises ValueError."""
+    name, *overrides = text.split("+")
+    given: dict[str, Any] = {"name": name}
+    for override in overrides:
+        path, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"{override!r} in recipe {text!r}: write KEY=VALUE, e.g. mu=0 or personal.tau_q=inf")
+        *parents, key = path.split(".")
+        place = given
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return FederationRecipe.model_validate(given)
+
+
+def _merge(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(preset)
+    for key, value in given.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

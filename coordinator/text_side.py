@@ -1,0 +1,135 @@
+"""The server's half of the model: a text tower with LoRA, trained on what came up (docs/method.md, step 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from clip_lora.lora import adapter_shapes, adapter_state, attach, initial_adapter, load_adapter
+from clip_lora.towers import default_device, load_config, load_text_tower
+from coordinator.aggregate import Contribution
+from coordinator.recipe import TextTraining
+from coordinator.text_bank import mean_embedding, one_thread
+from protocol.messages import Adapter, FloatArray, IntArray, TextBank
+
+
+@dataclass(frozen=True)
+class TextSamples:
+    """What the text side learns from: unit features (N, D), labels (N,), weights (N,) summing to 1."""
+
+    features: FloatArray
+    labels: IntArray
+    weights: NDArray[np.float64]
+
+    @classmethod
+    def gather(cls, contributions: Mapping[str, Contribution], how: TextTraining) -> TextSamples:
+        """Collect all uploaded features, clients in sorted order.
+
+        With `prototypes_for_missing`, a class of which nobody sent a feature is represented by its prototypes, weighted
+        by their counts: otherwise its embedding would only ever be pushed away. With `balance_classes` all classes weigh
+        the same, otherwise all rows do.
+        """
+        updates = [contributions[client].update for client in sorted(contributions)]
+        features = np.concatenate([u.features for u in updates])
+        labels = np.concatenate([u.labels for u in updates])
+        weights = np.ones(len(labels))
+        if how.prototypes_for_missing:
+            rows = np.concatenate([u.prototypes for u in updates])
+            classes = np.concatenate([u.prototype_classes for u in updates])
+            counts = np.concatenate([u.prototype_counts for u in updates]).astype(np.float64)
+            for c in np.setdiff1d(classes, labels):
+                counts[classes == c] /= counts[classes == c].mean()
+            missing = ~np.isin(classes, labels)
+            features = np.concatenate([features, rows[missing]])
+            labels = np.concatenate([labels, classes[missing]])
+            weights = np.concatenate([weights, counts[missing]])
+        if how.balance_classes:
+            for c in np.unique(labels):
+                weights[labels == c] /= weights[labels == c].sum()
+        lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)  # int8 on the wire: nearly unit
+        return cls((features / lengths).astype(np.float32), labels, weights / max(weights.sum(), 1e-12))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Weighted mean CE over the gathered samples before and after training, and how many samples there were."""
+
+    before: float
+    after: float
+    samples: int
+
+
+class TextSide:
+    """A text tower with a LoRA adapter, and the prompts of the federation's classes."""
+
+    def __init__(self, bank: TextBank, how: TextTraining, seed: int) -> None:
+        self._bank = bank
+        self._how = how
+        self._device = default_device()
+        tower, tokenizer = load_text_tower(bank.model, self._device)
+        config = load_config(bank.model)
+        self.shapes = adapter_shapes(config, "text", how)
+        self._model = attach(tower, config, "text", how)
+        # Train mode as loaded: CLIP has no dropout.
+        self._prompts = [
+            tokenizer([t.format(name) for t in bank.templates], padding=True, truncation=True, return_tensors="pt")
+            for name in bank.classes
+        ]
+        everything = [template.format(name) for name in bank.classes for template in bank.templates]
+        self._all = tokenizer(everything, padding=True, truncation=True, return_tensors="pt").to(self._device)
+        self.load(initial_adapter(self.shapes, seed))
+
+    def load(self, adapter: Adapter) -> None:
+        """Set the adapter; raises ModelError unless it fits."""
+        load_adapter(self._model, adapter)
+
+    def adapter(self) -> Adapter:
+        """Return the adapter."""
+        return adapter_state(self._model)
+
+    def bank(self, version: int) -> TextBank:
+        """Return the class bank as the text side now sees the classes."""
+        rows: list[FloatArray] = []
+        with one_thread(), torch.no_grad():
+            for prompts in self._prompts:
+                embeds = self._model(**prompts.to(self._device)).text_embeds
+                rows.append(mean_embedding(embeds[None])[0].float().cpu().numpy())
+        fields = {**self._bank.__dict__, "version": version, "embeddings": np.stack(rows)}
+        return TextBank(**fields)
+
+    def train(self, samples: TextSamples) -> TextLoss:
+        """Take `steps` AdamW steps on the text LoRA alone to minimise the weighted CE of softmax_c(s z.t_c).
+
+        All samples are in every step: they are few and small, the text tower's passes over the prompts are what costs.
+        """
+        features = torch.from_numpy(samples.features).to(self._device)
+        labels = torch.from_numpy(samples.labels.astype(np.int64)).to(self._device)
+        weights = torch.from_numpy(samples.weights).float().to(self._device)
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self._how.learning_rate, weight_decay=0.0)
+        losses: list[float] = []
+        with one_thread():
+            for _ in range(self._how.steps):
+                loss = self._loss(features, labels, weights)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                losses.append(loss.item())
+            with torch.no_grad():
+                losses.append(self._loss(features, labels, weights).item())
+        return TextLoss(losses[0], losses[-1], len(samples))
+
+    def _loss(self, features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        embeds = self._model(**self._all).text_embeds
+        text = mean_embedding(embeds.unflatten(0, (len(self._bank.classes), -1))).float()
+        losses = cross_entropy(self._bank.logit_scale * features @ text.T, labels, reduction="none")
+        return (weights * losses).sum()
