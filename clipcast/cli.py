@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from clipcast import __version__
-from clipcast.commands import client, coordinator, demo, export, infer, profiles
+from clipcast.commands import client, coordinator, demo, export, infer, profiles, simulate
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(profiles.app, name="profiles")
 app.command("export")(export.export)
 app.command("infer")(infer.infer)
 app.command("demo")(demo.demo)
+app.command("simulate")(simulate.simulate)
 
 EXTRAS = {
     "torch": "client",
@@ -39,6 +40,7 @@ EXTRAS = {
     "iotcore": "demo",
     "sklearn": "demo",
     "matplotlib": "demo",
+    "ray": "ray",
 }
 
 

@@ -1,6 +1,6 @@
 """Who gets which pictures: IID, Dirichlet over classes, or disjoint classes (docs/method.md, "Partitions").
 
-Disjoint: the classes are cut into groups of at least two, which share no class; clients that outnumber the groups share them.
+Disjoint: the classes are cut into groups of at least two, no class in two groups; clients that outnumber them share a group.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _dirichlet(labels: NDArray[np.int32], clients: int, alpha: float, rng: np.ra
 def _disjoint(labels: NDArray[np.int32], clients: int, rng: np.random.Generator) -> list[Indices]:
     """Share out groups of at least two classes; a group's pictures are dealt out among its clients."""
     classes = rng.permutation(np.unique(labels))
-    groups = [np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, max(1, min(clients, len(classes) // 2)))]
+    groups = [
+        np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, max(1, min(clients, len(classes) // 2)))
+    ]
     parts: list[Indices] = [np.zeros(0, np.int64)] * clients
     for number, group in enumerate(groups):
         members = range(number, clients, len(groups))

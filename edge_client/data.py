@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,20 @@ CACHE_BYTES = 512 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: where it is from, its class, and how to decode it."""
+    """One picture: where it is from, its class, and how to decode it.
+
+    `version` tells a file from another of the same name: its modification time in ns and its size, when it was found.
+    """
 
     name: str
     label: str
     load: Callable[[], Image.Image]
+    version: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> Hashable:
+        """What identifies the picture's content within a process."""
+        return self.name, self.version
 
 
 @dataclass
@@ -44,15 +53,20 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def pixels(self, indices: Sequence[int]) -> Pixels:
-        """Return the given pictures, uint8 (batch, height, width, 3)."""
-        return np.stack([self._one(int(index)) for index in indices])
+    def keys(self, indices: Sequence[int]) -> list[Hashable]:
+        """Return what identifies the pixels of the given pictures: no augmentation, a picture has exactly one view."""
+        cut = (self.preprocessing.short_side, self.preprocessing.crop)
+        return [(self.pictures[int(index)].key, cut) for index in indices]
 
-    def _one(self, index: int) -> Pixels:
+    def pixels(self, indices: Sequence[int], *, keep: bool = True) -> Pixels:
+        """Return the given pictures, uint8 (batch, height, width, 3); `keep=False` for those that are needed once."""
+        return np.stack([self._one(int(index), keep) for index in indices])
+
+    def _one(self, index: int, keep: bool) -> Pixels:
         if index in self._kept:
             return self._kept[index]
         pixels: Pixels = self.preprocessing.pixels([self.pictures[index].load()])[0]
-        if (len(self._kept) + 1) * pixels.nbytes <= self.budget:
+        if keep and (len(self._kept) + 1) * pixels.nbytes <= self.budget:
             self._kept[index] = pixels
         return pixels
 
@@ -92,7 +106,7 @@ def find_pictures(source: str) -> list[Picture]:
     ]
     if not files:
         raise DataError(f"{folder} holds no pictures: put them in one sub-folder per class, e.g. {folder / 'cat' / '1.jpg'}")
-    return [Picture(str(file), file.relative_to(folder).parts[0], _opener(file)) for file in files]
+    return [Picture(str(file), file.relative_to(folder).parts[0], _opener(file), _version(file)) for file in files]
 
 
 def readable_pictures(found: Sequence[Picture], source: str) -> list[Picture]:
@@ -101,6 +115,14 @@ def readable_pictures(found: Sequence[Picture], source: str) -> list[Picture]:
     if not readable:
         raise DataError(f"{source}: none of its {len(found)} pictures can be read. Are they whole?")
     return readable
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    try:
+        status = file.stat()
+    except OSError:  # a dangling link, say: reading it will tell
+        return ()
+    return status.st_mtime_ns, status.st_size
 
 
 def _opener(file: Path) -> Callable[[], Image.Image]:

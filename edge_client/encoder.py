@@ -1,8 +1,9 @@
-"""The quantised image tower with a LoRA adapter: pictures -> unit features."""
+"""The quantised image tower with a LoRA adapter: pictures -> unit features. Its frozen part runs once per picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,27 +11,75 @@ from numpy.typing import NDArray
 
 from clip_lora.lora import PeftModel, attach
 from clip_lora.preprocess import Preprocessing, load_preprocessing
-from clip_lora.towers import load_config, load_image_tower
+from clip_lora.towers import load_config, load_image_tower, model_facts
 from edge_client.data import Dataset
+from edge_client.frozen import Hidden, HiddenStore
 from protocol.messages import Recipe
 
 
 class ImageEncoder:
-    """A quantised image tower with a LoRA adapter, and its preprocessing. Made once per process."""
+    """A quantised image tower with a LoRA adapter, and its preprocessing. Made once per process.
 
-    def __init__(self, model: str, bits: int, device: str, recipe: Recipe) -> None:
+    If the recipe adapts blocks from `first_block` > 0 on, what comes out of the blocks below is kept in `store`. There is
+    no augmentation: a picture has exactly one view, hence one entry. Encoders may share a store.
+    """
+
+    def __init__(self, model: str, bits: int, device: str, recipe: Recipe, store: HiddenStore | None = None) -> None:
         self.name = model
         self.device = device
         self.preprocessing: Preprocessing = load_preprocessing(model)
         self.model: PeftModel = attach(load_image_tower(model, bits, device), load_config(model), "vision", recipe)
+        self.first_block = recipe.first_block
+        self.store = HiddenStore() if store is None else store
+        # The name stands for the preprocessing beside the weights; digesting them is not worth it if nothing is frozen.
+        digest = model_facts(model).digest if self.first_block else ""
+        self._origin: tuple[Hashable, ...] = (model, digest, bits, device, self.first_block)
 
     def encode(self, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
         """Pictures of a dataset by index -> unit features (N, D), float32."""
-        return self.features(data.pixels(indices))
+        if self.first_block == 0:
+            return self.features(data.pixels(indices))
+        keys = [(self._origin, key) for key in data.keys(indices)]
+        kept = self.store.get(keys, lambda position: self._hidden_of(data, indices[position]))
+        return self.head(torch.from_numpy(kept).to(self.device, self.model.dtype))
 
     def features(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """Uint8 pictures (N, H, W, 3) -> unit features (N, D), float32."""
-        batch = self.preprocessing.normalise(torch.from_numpy(pixels).to(self.device))
-        # A half-precision base on a GPU wants its own dtype; the factors stay float32.
-        embeds = self.model(pixel_values=batch.to(self.model.dtype)).image_embeds.float()
+        """Uint8 pictures (N, H, W, 3) -> unit features (N, D), float32, through the whole tower."""
+        embeds = self.model(pixel_values=self._normalised(pixels)).image_embeds.float()
         return torch.nn.functional.normalize(embeds, dim=-1)
+
+    @torch.no_grad()
+    def hidden(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Uint8 pictures (N, H, W, 3) -> what enters block `first_block`, (N, tokens, width), the tower's dtype."""
+        vision = self._tower.vision_model
+        hidden: torch.Tensor = vision.pre_layrnorm(vision.embeddings(self._normalised(pixels)))
+        for block in vision.encoder.layers[: self.first_block]:
+            hidden = block(hidden, None)
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return unit features (N, D), float32, of what enters block `first_block`, (N, tokens, width); with gradients."""
+        vision = self._tower.vision_model
+        for block in vision.encoder.layers[self.first_block :]:
+            hidden = block(hidden, None)
+        embeds = self._tower.visual_projection(vision.post_layernorm(hidden[:, 0, :])).float()
+        return torch.nn.functional.normalize(embeds, dim=-1)
+
+    @property
+    def _tower(self) -> Any:
+        """CLIPVisionModelWithProjection inside peft's wrapper, LoRA layers in place; its parts are called in its order."""
+        return self.model.get_base_model()
+
+    def _hidden_of(self, data: Dataset, index: int) -> Hidden:
+        """Return one picture's, (tokens, width). float32 holds both half dtypes exactly, and numpy has no bfloat16.
+
+        Alone: kernels may choose another order of sums for another batch size, and on GPUs an 8-bit layer picks the columns
+        that it does not quantise over the whole batch. What is kept must not depend on the picture's company.
+        """
+        array: Hidden = self.hidden(data.pixels([index], keep=False))[0].float().cpu().numpy()
+        return array
+
+    def _normalised(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """(N, H, W, 3) -> (N, 3, H, W) in the base's dtype: half precision on a GPU, where the factors stay float32."""
+        batch = self.preprocessing.normalise(torch.from_numpy(pixels).to(self.device))
+        return batch.to(self.model.dtype)

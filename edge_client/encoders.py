@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from edge_client.encoder import ImageEncoder
+from edge_client.frozen import HiddenStore
 from protocol.messages import Recipe
 
 Key = tuple[object, ...]
@@ -15,6 +16,7 @@ class Encoders:
 
     def __init__(self, limit: int = 1) -> None:
         self._limit = limit
+        self._store = HiddenStore()  # of all: what is frozen does not depend on the factors' shape
         self._loaded: OrderedDict[Key, ImageEncoder] = OrderedDict()
 
     def get(self, model: str, bits: int, device: str, recipe: Recipe) -> ImageEncoder:
@@ -23,6 +25,6 @@ class Encoders:
         if key not in self._loaded:
             while len(self._loaded) >= self._limit:
                 self._loaded.popitem(last=False)
-            self._loaded[key] = ImageEncoder(model, bits, device, recipe)
+            self._loaded[key] = ImageEncoder(model, bits, device, recipe, self._store)
         self._loaded.move_to_end(key)
         return self._loaded[key]

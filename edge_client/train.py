@@ -103,7 +103,7 @@ class Trainer:
         seed = derive_seed(plan.seed, plan.round, self._id)
         load_adapter(encoder.model, ready.adapter)
         metrics = local_steps(encoder, data, bank, recipe, seed, self._placement.batch_size, stopped)
-        update, accuracy = summarise(encoder, data, bank, recipe, seed)
+        update, accuracy = summarise(encoder, data, bank, recipe, seed, ready.adapter)
         return TrainingResult(plan.round, ready.base, update, len(data), metrics.loss, accuracy, time.monotonic() - started)
 
 
@@ -143,22 +143,25 @@ def local_steps(
     return Metrics(total / max(recipe.local_steps, 1), recipe.local_steps, time.monotonic() - started)
 
 
-def encode(encoder: ImageEncoder, data: Dataset) -> FloatArray:
-    """Return the unit features of every picture, (N, D)."""
+def encode(encoder: ImageEncoder, data: Dataset, indices: Sequence[int] | None = None) -> FloatArray:
+    """Return the unit features of the pictures named, default all, (N, D)."""
+    chosen = range(len(data)) if indices is None else indices
+    starts = range(0, len(chosen), EVAL_BATCH)
     with torch.no_grad():
-        parts = [
-            encoder.encode(data, range(start, min(start + EVAL_BATCH, len(data)))).cpu().numpy()
-            for start in range(0, len(data), EVAL_BATCH)
-        ]
+        parts = [encoder.encode(data, chosen[start : start + EVAL_BATCH]).cpu().numpy() for start in starts]
     return np.concatenate(parts)
 
 
-def summarise(encoder: ImageEncoder, data: Dataset, bank: TextBank, recipe: Recipe, seed: int) -> tuple[Update, float]:
+def summarise(
+    encoder: ImageEncoder, data: Dataset, bank: TextBank, recipe: Recipe, seed: int, start: Adapter
+) -> tuple[Update, float]:
     """Return the update and the training accuracy.
 
-    Prototypes are the unit means of v(x) over all samples of a class; features are of correctly predicted samples, a
-    seeded draw of at most `features_per_class` of each class (docs/method.md, step 3).
+    Prototypes are the unit means of v(x) over all samples of a class. Features are of correctly predicted samples, a
+    seeded draw of at most `features_per_class` of each class (docs/method.md, step 3): as the `start` adapter sees them
+    or as the trained one does, which is correct about them.
     """
+    adapter: Adapter = adapter_state(encoder.model)
     features = encode(encoder, data)
     correct = (features @ bank.embeddings.T).argmax(axis=1) == data.labels
     present = np.unique(data.labels)
@@ -166,14 +169,18 @@ def summarise(encoder: ImageEncoder, data: Dataset, bank: TextBank, recipe: Reci
     order = np.random.default_rng(seed).permutation(len(data))
     chosen = [order[(data.labels[order] == c) & correct[order]][: recipe.features_per_class] for c in present]
     picked = np.concatenate(chosen)
-    adapter: Adapter = adapter_state(encoder.model)
+    sent = features[picked]
+    if recipe.features_from == "start" and len(picked):
+        load_adapter(encoder.model, start)
+        sent = encode(encoder, data, picked.tolist())
+        load_adapter(encoder.model, adapter)
     update = Update(
         adapter,
         (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32),
         present.astype(np.int32),
         np.array([(data.labels == c).sum() for c in present], np.int32),
         np.array([((data.labels == c) & correct).sum() for c in present], np.int32),
-        features[picked],
+        sent,
         data.labels[picked].astype(np.int32),
     )
     return update, float(correct.mean())

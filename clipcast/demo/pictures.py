@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clipcast.partition import split
 from clipcast.demo.settings import DemoSettings
+from clipcast.partition import split
 from edge_client.data import DIGIT_NAMES, Picture, find_pictures, readable_pictures
 
 HELD_OUT_SHARE = 0.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Literal, Protocol
 
 from edge_client.config import Placement
 from edge_client.encoders import Encoders
@@ -29,8 +29,8 @@ class Engine(Protocol):
 class LocalEngine:
     """Trains at once, in the caller's thread."""
 
-    def __init__(self, pictures: Mapping[str, OpenPictures], bits: int, encoders: Encoders, device: str) -> None:
-        self._trainers = new_trainers(pictures, bits, encoders, device)
+    def __init__(self, pictures: Mapping[str, OpenPictures], placement: Placement, encoders: Encoders) -> None:
+        self._trainers = new_trainers(pictures, placement, encoders)
 
     def submit(self, client: str, ready: PlanReady) -> Future[TrainingResult]:
         """Train, and return what is done already."""
@@ -43,9 +43,11 @@ class LocalEngine:
         self._trainers = {}
 
 
-def new_trainers(
-    pictures: Mapping[str, OpenPictures], bits: int, encoders: Encoders, device: str
-) -> dict[str, Trainer]:
+def place(bits: Literal[4, 8, 32], device: str) -> Placement:
+    """Return how virtual clients train: the recipe alone limits batch and rank."""
+    return Placement(bits, BATCH_LIMIT, MAX_RANK, "cuda" if device == "cuda" else "cpu")
+
+
+def new_trainers(pictures: Mapping[str, OpenPictures], placement: Placement, encoders: Encoders) -> dict[str, Trainer]:
     """Return a trainer for each client, all with the same encoders."""
-    placement = Placement(bits, BATCH_LIMIT, MAX_RANK, device)  # type: ignore[arg-type] - checked with the settings
     return {client: Trainer(client, source, placement, None, encoders) for client, source in pictures.items()}

@@ -49,7 +49,7 @@ class Judge:
 
 
 def own_accuracy(shares: Shares, labels: NDArray[np.int32]) -> float:
-    """Return the expected accuracy on test pictures in the proportions of `labels` (N,): metric (b) for a client's labels."""
+    """Return the expected accuracy on test pictures in the proportions of `labels` (N,): for a client's, metric (b)."""
     counts = np.bincount(labels, minlength=len(shares)).astype(np.float64)
     tested = ~np.isnan(shares)
     return float((counts[tested] * shares[tested]).sum() / max(counts[tested].sum(), 1.0))

@@ -18,7 +18,6 @@ from protocol.events import ClientEvent, PlanReady
 from protocol.link import Link
 from protocol.messages import Status, TrainingResult
 
-
 IDLE_S = 0.002
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_lora.preprocess import load_preprocessing
 from clip_lora.towers import default_device, load_config
-from clipcast.simulate.engine import Engine, LocalEngine
+from clipcast.simulate.engine import Engine, LocalEngine, place
 from clipcast.simulate.evaluate import Judge, own_accuracy
 from clipcast.simulate.fleet import CoordinatorBus, Fleet
 from clipcast.simulate.pool import Pool
@@ -36,7 +36,6 @@ FEDERATION = "simulation"
 PATIENCE_S = 7 * 24 * 3600.0
 SHARED_ENCODERS = 4
 Row = dict[str, Any]
-Progress = Callable[[], None]
 
 
 @dataclass
@@ -66,11 +65,11 @@ class Bench:
         if self.settings.engine == "ray":
             from clipcast.simulate.ray_engine import RayEngine
 
-            return RayEngine(pictures, self.settings.bits)
-        return LocalEngine(pictures, self.settings.bits, self.encoders, self.judge.device)
+            return RayEngine(pictures, self.settings.bits, self.settings.threads)
+        return LocalEngine(pictures, place(self.settings.bits, self.judge.device), self.encoders)
 
-    def run(self, text: str, seed: int, progress: Progress) -> Row:
-        """Run a recipe on a seed; `progress` is called after each round. Returns one entry of results.json."""
+    def run(self, text: str, seed: int) -> Iterator[str | Row]:
+        """Run a recipe on a seed: yield its name after each round, and at the end one entry of results.json."""
         recipe = parse_recipe(text)
         names = [f"client-{number:04d}" for number in range(1, self.settings.clients + 1)]
         shares = self.pool.shares(self.settings.clients, self.settings.partition, self.settings.shots, seed)
@@ -81,15 +80,15 @@ class Bench:
             try:
                 for record in self._federate(recipe, seed, names, engine, store):
                     rounds.append(self._judge_round(record, recipe, store))
-                    progress()
+                    yield text
             finally:
                 engine.close()
             known = store.knowledge()
-        return self._row(text, seed, names, shares, rounds, known, recipe.training(self.depth))
+        yield self._row(text, seed, names, shares, rounds, known, recipe.training(self.depth))
 
     def _federate(
         self, recipe: FederationRecipe, seed: int, names: Sequence[str], engine: Engine, store: Store
-    ) -> Sequence[RoundRecord] | Any:
+    ) -> Iterator[RoundRecord]:
         """Yield the rounds of a federation of the same coordinator and clients as over MQTT."""
         settings = self.settings
         config = CoordinatorConfig(

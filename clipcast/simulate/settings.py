@@ -30,6 +30,7 @@ class SimulateSettings:
     out: Path
     engine: Engine = "local"
     jobs: int = 1
+    threads: int = 1
     split: Split = "test"
     test_pictures: int | None = None
     templates: tuple[str, ...] = ("a photo of a {}",)
@@ -72,4 +73,6 @@ def explain(error: ValueError) -> str:
         return str(error)
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}" if where else problem["msg"].removeprefix("Value error, ")
+    return (
+        f"{where}: {problem['msg'].removeprefix('Value error, ')}" if where else problem["msg"].removeprefix("Value error, ")
+    )

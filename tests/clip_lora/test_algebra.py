@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from clip_lora.algebra import Adapter, delta, layers, mean_of_factors, mean_of_products
+from clip_lora.algebra import Adapter, delta, layers, mean_of_factors, mean_of_products, rank_of
 from protocol.codec import encode_adapter
 
 LAYERS = ("block.0.q_proj", "block.1.v_proj")
@@ -94,13 +94,47 @@ def test_mean_of_products_of_one_client_is_that_client():
         np.testing.assert_allclose(delta(mean, layer, 1.0), delta(adapter, layer, 1.0), atol=1e-5)
 
 
-def test_a_rank_above_the_sum_of_ranks_pads_with_zeros_and_loses_nothing():
+def test_a_rank_above_the_sum_of_ranks_pads_with_directions_that_carry_nothing_and_loses_nothing():
     adapters = [random_factors(12, 2, seed) for seed in range(2)]
     mean = mean_of_products(adapters, [1.0, 3.0], rank=7)
     for layer in LAYERS:
         np.testing.assert_allclose(delta(mean, layer, 1.0), best_part(adapters, [1.0, 3.0], layer, 12), atol=1e-5)
-        assert not mean[layer + ".lora_A"][4:].any()
         assert not mean[layer + ".lora_B"][:, 4:].any()
+        spare = mean[layer + ".lora_A"][4:]
+        assert np.abs(spare).max() <= 1 / np.sqrt(12)
+        assert np.linalg.matrix_rank(spare) == 3, "directions that equal each other learn the same"
+        assert np.abs(mean[layer + ".lora_B"][:, :4]).max(axis=0).all()
+
+
+def test_directions_that_carry_nothing_can_be_trained():
+    """The gradient of a loss by B is G A^T: nothing flows into a direction whose A is 0."""
+    untrained = random_factors(6, 2, 0)
+    for layer in LAYERS:
+        untrained[layer + ".lora_B"][:] = 0.0
+    for adapter, kept in ((untrained, 0), (random_factors(6, 2, 0), 2)):
+        mean = mean_of_products([adapter], [1.0], rank=5)
+        for layer in LAYERS:
+            gradient = np.random.default_rng(3).normal(size=(6, 6)) @ mean[layer + ".lora_A"].T
+            assert (np.linalg.norm(gradient, axis=0) > 0.01).all()
+            assert not mean[layer + ".lora_B"][:, kept:].any()
+            assert np.linalg.matrix_rank(mean[layer + ".lora_A"]) == 5
+
+
+def test_a_direction_at_the_level_of_rounding_is_dropped_and_one_above_it_is_kept():
+    for size, kept in ((1e-6, 2), (1e-20, 1)):
+        adapter = {layer + ".lora_A": np.eye(2, 4, dtype=np.float32) for layer in LAYERS}
+        adapter |= {layer + ".lora_B": np.diag([1.0, size, 0, 0]).astype(np.float32)[:, :2] for layer in LAYERS}
+        mean = mean_of_products([adapter], [1.0], rank=2)
+        for layer in LAYERS:
+            assert np.count_nonzero(mean[layer + ".lora_B"].any(axis=0)) == kept
+
+
+def test_the_rank_of_an_adapter_is_that_of_all_its_layers():
+    assert rank_of(random_factors(5, 3, 0)) == 3
+    assert rank_of({}) == 0
+    mixed = random_factors(5, 3, 0) | {name: a for name, a in random_factors(5, 2, 0).items() if name.startswith(LAYERS[0])}
+    with pytest.raises(ValueError, match=r"mixes ranks \[2, 3\]"):
+        rank_of(mixed)
 
 
 def test_a_sum_of_ranks_above_the_width_keeps_the_exact_mean():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_lora.lora import Shapes
-from coordinator.checks import Expectation
+from coordinator.checks import Expectation, Start
 from protocol.codec import encode_update, reference
 from protocol.messages import Offer, Recipe, RoundPlan, Update
 
@@ -46,7 +46,8 @@ def plan() -> RoundPlan:
 
 @pytest.fixture(scope="session")
 def expected(plan: RoundPlan) -> Expectation:
-    return Expectation(plan, SHAPES, WIDTH, CLASSES)
+    starts = {client: Start(plan.adapter.sha256, SHAPES) for client in plan.participants}
+    return Expectation(plan, starts, WIDTH, CLASSES)
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +66,7 @@ def make_update() -> MakeUpdate:
             "prototypes": unit(2),
             "prototype_classes": np.array([0, 2], np.int32),
             "prototype_counts": np.array([5, 1], np.int32),
+            "prototype_correct": np.array([3, 1], np.int32),
             "features": unit(3),
             "labels": np.array([0, 0, 2], np.int32),
         }

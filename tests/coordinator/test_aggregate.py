@@ -8,6 +8,7 @@ import pytest
 from coordinator.aggregate import Contribution, aggregate
 
 SAMPLES = {"bob": 30, "ann": 10, "cid": 60}
+CURRENT = {"layer.0.lora_A": np.full((2, 6), 1e3, np.float32)}  # the round's own start, of which a mean holds no trace
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def contributions(make_update, make_offer):
 
 
 def test_the_mean_of_factors_weighs_clients_by_their_samples(contributions):
-    mean = aggregate(contributions, "mean_of_factors", 2)
+    mean = aggregate(contributions, "mean_of_factors", 2, CURRENT)
     for name, array in mean.items():
         expected = sum(SAMPLES[c] / 100 * part.update.adapter[name].astype(float) for c, part in contributions.items())
         np.testing.assert_allclose(array, expected, atol=1e-6)
@@ -25,7 +26,7 @@ def test_the_mean_of_factors_weighs_clients_by_their_samples(contributions):
 
 @pytest.mark.parametrize("rank", [2, 6])
 def test_the_mean_of_products_weighs_clients_by_their_samples_and_has_the_asked_rank(contributions, rank):
-    mean = aggregate(contributions, "mean_of_products", rank)
+    mean = aggregate(contributions, "mean_of_products", rank, CURRENT)
     for layer in ("layer.0", "layer.1"):
         full = sum(
             SAMPLES[c] / 100 * part.update.adapter[layer + ".lora_B"].astype(float) @ part.update.adapter[layer + ".lora_A"]
@@ -39,7 +40,7 @@ def test_the_mean_of_products_weighs_clients_by_their_samples_and_has_the_asked_
 
 def test_one_contribution_is_its_own_mean(contributions):
     alone = {"bob": contributions["bob"]}
-    mean = aggregate(alone, "mean_of_factors", 2)
+    mean = aggregate(alone, "mean_of_factors", 2, CURRENT)
     for name, array in mean.items():
         assert np.array_equal(array, contributions["bob"].update.adapter[name])
 
@@ -50,6 +51,35 @@ def test_a_client_with_all_but_one_of_a_million_samples_decides(make_update, mak
         {"a": Contribution(make_offer(big, samples=999_999), big), "b": Contribution(make_offer(small, samples=1), small)},
         "mean_of_factors",
         2,
+        CURRENT,
     )
     for name, array in mean.items():
         np.testing.assert_allclose(array, big.adapter[name], atol=1e-5)
+
+
+def test_without_aggregation_the_global_adapter_stays_as_it_is(contributions):
+    kept = aggregate(contributions, "none", 2, CURRENT)
+    assert kept.keys() == CURRENT.keys()
+    assert all(kept[name].tobytes() == array.tobytes() for name, array in CURRENT.items())
+
+
+def test_the_mean_of_products_takes_clients_of_different_ranks(contributions, make_update, make_offer):
+    shapes = {"lora_A": (1, 6), "lora_B": (6, 1)}
+    rng = np.random.default_rng(8)
+    narrow = make_update(
+        8,
+        adapter={
+            f"layer.{block}.{factor}": rng.normal(size=shape).astype(np.float32)
+            for block in (0, 1)
+            for factor, shape in shapes.items()
+        },
+    )
+    mixed = {"ann": contributions["ann"], "eve": Contribution(make_offer(narrow, samples=30), narrow)}
+    mean = aggregate(mixed, "mean_of_products", 3, CURRENT)
+    for layer in ("layer.0", "layer.1"):
+        full = sum(
+            share * part.update.adapter[layer + ".lora_B"].astype(float) @ part.update.adapter[layer + ".lora_A"]
+            for share, part in ((0.25, mixed["ann"]), (0.75, mixed["eve"]))
+        )
+        product = mean[layer + ".lora_B"].astype(float) @ mean[layer + ".lora_A"]
+        np.testing.assert_allclose(product, full, atol=1e-5)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordinator.checks import check_offer, check_update
+from coordinator.checks import Expectation, Start, check_offer, check_update
 from protocol.codec import decode_update, encode_update
 
 
 def test_a_good_update_is_accepted(make_update, expected):
-    assert check_update(make_update(), expected).accepted
+    assert check_update("ann", make_update(), expected).accepted
 
 
 def test_a_good_update_is_accepted_after_it_has_travelled(make_update, expected):
-    assert check_update(decode_update(encode_update(make_update())), expected).accepted
+    assert check_update("ann", decode_update(encode_update(make_update())), expected).accepted
 
 
 def test_an_update_without_features_is_accepted(make_update, expected):
     nothing = make_update(features=np.zeros((0, 8), np.float32), labels=np.zeros(0, np.int32))
-    assert check_update(nothing, expected).accepted
+    assert check_update("ann", nothing, expected).accepted
 
 
 def test_an_update_without_features_or_prototypes_of_any_width_is_accepted(make_update, expected):
@@ -29,8 +29,9 @@ def test_an_update_without_features_or_prototypes_of_any_width_is_accepted(make_
         prototypes=np.zeros((0, 0), np.float32),
         prototype_classes=np.zeros(0, np.int32),
         prototype_counts=np.zeros(0, np.int32),
+        prototype_correct=np.zeros(0, np.int32),
     )
-    assert check_update(empty, expected).accepted
+    assert check_update("ann", empty, expected).accepted
 
 
 def without_a_factor(update):
@@ -101,6 +102,8 @@ BAD = {
     "two-prototypes-of-a-class": (changed("prototype_classes", 1, 0), "bad-counts", "own class"),
     "a-count-of-0": (changed("prototype_counts", 1, 0), "bad-counts", "at least 1"),
     "a-negative-count": (changed("prototype_counts", 0, -5), "bad-counts", "at least 1"),
+    "more-correct-than-counted": (changed("prototype_correct", 1, 2), "bad-counts", "predicted correctly"),
+    "fewer-correct-than-none": (changed("prototype_correct", 0, -1), "bad-counts", "predicted correctly"),
     "three-features-of-two": (changed("labels", 2, 0), "too-many-features", "3 features of one class, 2 allowed"),
 }
 
@@ -108,38 +111,38 @@ BAD = {
 @pytest.mark.parametrize(("change", "reason", "named"), BAD.values(), ids=BAD)
 def test_an_update_is_refused_with_reason_and_detail_when_it_has(make_update, expected, change, reason, named):
     update = make_update()
-    verdict = check_update(make_update(**change(update)), expected)
+    verdict = check_update("ann", make_update(**change(update)), expected)
     assert (verdict.accepted, verdict.reason) == (False, reason)
     assert named in verdict.detail
 
 
 def test_unit_length_tolerates_the_rounding_of_the_wire_but_not_five_per_cent(make_update, expected):
     update = make_update()
-    assert check_update(make_update(**scaled("features", 1.04)(update)), expected).accepted
-    assert check_update(make_update(**scaled("features", 1.06)(update)), expected).reason == "not-unit"
+    assert check_update("ann", make_update(**scaled("features", 1.04)(update)), expected).accepted
+    assert check_update("ann", make_update(**scaled("features", 1.06)(update)), expected).reason == "not-unit"
 
 
 def test_names_are_checked_before_shapes_and_shapes_before_values(make_update, expected):
     update = make_update()
     nan_and_rank = {**poisoned("layer.0.lora_B", np.nan)(update)["adapter"], "layer.0.lora_A": np.zeros((4, 6), np.float32)}
-    assert check_update(make_update(adapter=nan_and_rank), expected).reason == "wrong-shapes"
+    assert check_update("ann", make_update(adapter=nan_and_rank), expected).reason == "wrong-shapes"
     nan_and_name = {**nan_and_rank, "stray.lora_A": np.zeros((2, 6), np.float32)}
-    assert check_update(make_update(adapter=nan_and_name), expected).reason == "wrong-names"
+    assert check_update("ann", make_update(adapter=nan_and_name), expected).reason == "wrong-names"
 
 
 def test_a_very_long_factor_name_still_gives_a_detail_that_fits_a_receipt(make_update, expected):
-    verdict = check_update(make_update(adapter={"x" * 5000: np.zeros((1, 1), np.float32)}), expected)
+    verdict = check_update("ann", make_update(adapter={"x" * 5000: np.zeros((1, 1), np.float32)}), expected)
     assert verdict.reason == "wrong-names"
     assert len(verdict.detail) <= 500
 
 
-def test_an_offer_of_the_open_round_is_accepted(make_update, make_offer, plan):
-    assert check_offer("bob", make_offer(make_update()), plan, {"ann"}).accepted
+def test_an_offer_of_the_open_round_is_accepted(make_update, make_offer, expected):
+    assert check_offer("bob", make_offer(make_update()), expected, {"ann"}).accepted
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_an_offer_for_another_round_is_stale_and_told_which_round_is_open(make_update, make_offer, plan, number):
-    verdict = check_offer("ann", make_offer(make_update(), round=number), plan, ())
+def test_an_offer_for_another_round_is_stale_and_told_which_round_is_open(make_update, make_offer, expected, number):
+    verdict = check_offer("ann", make_offer(make_update(), round=number), expected, ())
     assert (verdict.accepted, verdict.reason) == (False, "stale-round")
     assert "round 3 is open" in verdict.detail
 
@@ -150,15 +153,59 @@ def test_an_offer_between_rounds_is_stale(make_update, make_offer):
     assert "no round is open" in verdict.detail
 
 
-def test_an_offer_trained_from_another_adapter_is_refused(make_update, make_offer, plan):
-    verdict = check_offer("ann", make_offer(make_update(), base="e" * 64), plan, ())
+def test_an_offer_trained_from_another_adapter_is_refused(make_update, make_offer, expected):
+    verdict = check_offer("ann", make_offer(make_update(), base="e" * 64), expected, ())
     assert verdict.reason == "wrong-base"
-    assert plan.adapter.sha256[:12] in verdict.detail
+    assert expected.plan.adapter.sha256[:12] in verdict.detail
 
 
-def test_an_offer_of_a_client_that_was_not_drawn_is_refused(make_update, make_offer, plan):
-    assert check_offer("eve", make_offer(make_update()), plan, ()).reason == "not-invited"
+def test_an_offer_of_a_client_that_was_not_drawn_is_refused(make_update, make_offer, expected):
+    assert check_offer("eve", make_offer(make_update()), expected, ()).reason == "not-invited"
 
 
-def test_a_second_offer_of_a_counted_client_is_refused(make_update, make_offer, plan):
-    assert check_offer("ann", make_offer(make_update()), plan, {"ann", "bob"}).reason == "already-counted"
+def test_a_second_offer_of_a_counted_client_is_refused(make_update, make_offer, expected):
+    assert check_offer("ann", make_offer(make_update()), expected, {"ann", "bob"}).reason == "already-counted"
+
+
+def test_how_many_of_a_class_are_correct_may_be_none_or_all(make_update, expected):
+    counts = make_update().prototype_counts
+    for correct in (counts * 0, counts):
+        assert check_update("ann", make_update(prototype_correct=correct), expected).accepted
+
+
+OTHER_BASE = "b" * 64
+NARROW = {
+    "layer.0.lora_A": (1, 6),
+    "layer.0.lora_B": (6, 1),
+    "layer.1.lora_A": (1, 6),
+    "layer.1.lora_B": (6, 1),
+}
+
+
+@pytest.fixture(scope="session")
+def mixed(expected):
+    """The round as it is for a client with an adapter and a rank of its own, `bob`."""
+    starts = {**expected.starts, "bob": Start(OTHER_BASE, NARROW)}
+    return Expectation(expected.plan, starts, expected.width, expected.classes)
+
+
+def test_each_client_is_held_to_its_own_rank(make_update, mixed):
+    narrow = make_update(adapter={name: np.ones(shape, np.float32) for name, shape in NARROW.items()})
+    assert check_update("bob", narrow, mixed).accepted
+    assert check_update("ann", make_update(), mixed).accepted
+    assert check_update("ann", narrow, mixed).reason == "wrong-shapes"
+    assert check_update("bob", make_update(), mixed).reason == "wrong-shapes"
+
+
+def test_each_client_is_held_to_its_own_base(make_update, make_offer, mixed):
+    common, own = make_offer(make_update()), make_offer(make_update(), base=OTHER_BASE)
+    assert check_offer("ann", common, mixed, ()).accepted
+    assert check_offer("bob", own, mixed, ()).accepted
+    for client, offer, base in (("ann", own, mixed.plan.adapter.sha256), ("bob", common, OTHER_BASE)):
+        verdict = check_offer(client, offer, mixed, ())
+        assert verdict.reason == "wrong-base"
+        assert f"began with {base[:12]} for this client" in verdict.detail
+
+
+def test_an_uninvited_client_is_told_so_whatever_it_trained_from(make_update, make_offer, mixed):
+    assert check_offer("eve", make_offer(make_update(), base="e" * 64), mixed, {"eve"}).reason == "not-invited"

@@ -128,7 +128,7 @@ def test_any_order_of_arrival_gives_the_same_bytes(expected, arrival, method, or
         for client in clients:
             collection.take(arrival(client))
         assert collection.has_quorum
-        return aggregate(collection.accepted, method, 2)
+        return aggregate(collection.accepted, method, 2, {})
 
     one, other = collect(CLIENTS), collect(order)
     assert encode_adapter(one) == encode_adapter(other)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.config import TEMPLATE, CoordinatorConfig, load
+from coordinator.recipe import FederationRecipe
 from protocol.settings import SettingsError
 
 MINIMAL = 'federation = "lab"\nclasses = ["cat", "dog"]\n'
@@ -26,6 +27,25 @@ def test_the_template_loads_and_says_what_the_defaults_are(write, tmp_path):
     file = write(TEMPLATE.format(file="c.toml", federation="lab", classes='"cat", "dog"', broker="mqtt://localhost:1883"))
     defaults = CoordinatorConfig(federation="lab", classes=("cat", "dog"), state=tmp_path / "state")
     assert load(file) == defaults
+    assert defaults.recipe == FederationRecipe(name="fedalign")
+
+
+def test_the_commented_lines_of_the_recipe_are_settings_that_load_and_the_defaults(write, tmp_path):
+    text = TEMPLATE.format(file="c.toml", federation="lab", classes='"cat", "dog"', broker="mqtt://localhost:1883")
+    lines = text.splitlines()
+    start, end = lines.index("[recipe]"), lines.index("[broker]")
+    settings = [line.removeprefix("# ") for line in lines[start:end]]
+    assert sum(line.startswith("[recipe") for line in settings) == 3
+    assert len(settings) > 20
+    file = write("\n".join([*lines[:start], *settings, *lines[end:]]))
+    assert load(file).recipe == FederationRecipe(name="fedalign")
+
+
+def test_a_recipe_is_a_name_or_a_table_of_overrides(write):
+    assert load(write(MINIMAL + 'recipe = "fedlora"\n')).recipe == FederationRecipe(name="fedlora")
+    changed = load(write(MINIMAL + '[recipe]\naggregation = "mean_of_products"\nmu = 0.5\ntext = { steps = 3 }\n')).recipe
+    assert (changed.name, changed.aggregation, changed.mu, changed.text.steps) == ("fedalign", "mean_of_products", 0.5, 3)
+    assert changed.personal == FederationRecipe(name="fedalign").personal
 
 
 def test_a_minimal_file_is_enough(write):
@@ -58,7 +78,9 @@ BAD = {
     "no-templates": (MINIMAL + "templates = []\n", "templates"),
     "unknown-key": (MINIMAL + "round = 5\n", "unknown key 'round'"),
     "unknown-key-in-the-recipe": (MINIMAL + "[recipe]\nlr = 0.1\n", "unknown key 'recipe.lr'"),
-    "unknown-aggregation": (MINIMAL + 'aggregation = "median"\n', "aggregation"),
+    "unknown-aggregation": (MINIMAL + '[recipe]\naggregation = "median"\n', "recipe.aggregation"),
+    "aggregation-outside-the-recipe": (MINIMAL + 'aggregation = "none"\n', "unknown key 'aggregation'"),
+    "unknown-recipe": (MINIMAL + 'recipe = "fedmagic"\n', "no recipe 'fedmagic': choose one of fedalign, fedlora"),
     "unknown-projection": (MINIMAL + '[recipe]\nprojections = ["fc1"]\n', "recipe.projections"),
     "projection-named-twice": (MINIMAL + '[recipe]\nprojections = ["q_proj", "q_proj"]\n', "each once"),
     "federation-with-a-slash": (MINIMAL.replace("lab", "a/b"), "federation"),

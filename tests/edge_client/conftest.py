@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def make_ready() -> MakeReady:
             seed=7,
             deadline_s=60.0,
         )
-        return PlanReady(plan, bank, adapter)
+        return PlanReady(plan, bank, adapter, plan.adapter.sha256)
 
     return make
 
@@ -84,7 +85,8 @@ def make_trainer(home: Path) -> MakeTrainer:
     """A trainer on `home`; keyword arguments replace parts of its placement."""
 
     def make(client: str = "ann", source: str = str(home), model: str | None = None, **placement: object) -> Trainer:
-        return Trainer(client, source, replace(Placement(4, 32, 16, "cpu"), **placement), model)  # type: ignore[arg-type]
+        where = replace(Placement(4, 32, 16, "cpu"), **placement)  # type: ignore[arg-type]
+        return Trainer(client, partial(open_dataset, source), where, model)
 
     return make
 

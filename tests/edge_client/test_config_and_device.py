@@ -125,5 +125,8 @@ def test_a_gpu_that_torch_cannot_see_is_reported_and_not_used(caplog, asked):
 def test_a_new_client_says_what_it_is():
     _, part, status = new_client(config(bits=8), load_profile("generic-cpu"))
     assert (status.state, status.phase) == ("online", "waiting")
+    profile = load_profile("generic-cpu")
     assert (status.profile, status.bits, status.device) == ("generic-cpu", 8, "cpu")
-    assert part.failed("x")[0].status.profile == "generic-cpu"
+    assert status.max_rank == profile.max_rank
+    told = part.failed("x")[0].status
+    assert (told.profile, told.max_rank) == ("generic-cpu", profile.max_rank)

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from edge_client.participation import Announce, Participation, Send, Train, Withdraw
 from protocol.codec import reference
-from protocol.events import Answered, Finished, LinkChanged, PlanReady, Unreadable
+from protocol.events import Answered, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
 from protocol.messages import Receipt, Recipe, RoundPlan, Status, TextBank, TrainingResult, Update
 
 BANK = TextBank(1, ("cat", "dog"), ("a {}",), np.eye(2, 4, dtype=np.float32), 14.0, "tiny-clip", "d" * 64)
-NOTHING = Update({}, np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0, np.int32))
+NONE = np.zeros(0, np.int32)
+NOTHING = Update({}, np.zeros((0, 4)), NONE, NONE, NONE, np.zeros((0, 4)), NONE)
 
 
-def ready(number, invited=True, base=None, **fields):
+def ready(number, base=None, own=None, **fields):
     plan = RoundPlan(
         run="0123456789abcdef",
         start=1,
@@ -24,12 +25,17 @@ def ready(number, invited=True, base=None, **fields):
         state="open",
         classes="c" * 64,
         adapter=reference(base or b"adapter %d" % number),
-        participants=("ann", "bob") if invited else ("bob",),
+        participants=("ann", "bob"),
         recipe=Recipe(),
         seed=0,
         deadline_s=60.0,
     )
-    return PlanReady(plan.model_copy(update=fields), BANK, {})
+    start = plan.adapter if own is None else reference(own)
+    return PlanReady(plan.model_copy(update={"individual": own is not None, **fields}), BANK, {}, start.sha256)
+
+
+def not_drawn(number):
+    return NotDrawn(ready(number).plan.model_copy(update={"participants": ("bob",)}))
 
 
 def finished(number):
@@ -37,7 +43,7 @@ def finished(number):
 
 
 def result_of(event):
-    return TrainingResult(event.plan.round, event.plan.adapter.sha256, NOTHING, 10, 0.5, 0.5, 1.0)
+    return TrainingResult(event.plan.round, event.base, NOTHING, 10, 0.5, 0.5, 1.0)
 
 
 def answered(event, accepted=True, reason="accepted"):
@@ -70,7 +76,7 @@ def test_a_plan_that_names_this_client_withdraws_trains_and_says_so(client):
 
 
 def test_a_plan_for_others_is_waited_out(client):
-    steps = client.on(ready(1, invited=False))
+    steps = client.on(not_drawn(1))
     assert kinds(steps) == [Withdraw, Announce]
     assert phase(steps) == ("waiting", 1, "not drawn for this round")
 
@@ -142,9 +148,8 @@ def test_of_several_newer_plans_only_the_last_is_trained(client):
 
 def test_a_newer_plan_for_others_drops_the_old_result(client):
     client.on(ready(1))
-    assert phase(client.on(ready(2, invited=False)))[0] == "waiting"
-    steps = client.trained(result_of(ready(1)))
-    assert kinds(steps) == [Withdraw, Announce]
+    assert phase(client.on(not_drawn(2)))[0] == "waiting"
+    assert client.trained(result_of(ready(1))) == []
     assert trains(client.on(ready(3))) == [ready(3)]
 
 
@@ -155,6 +160,37 @@ def test_a_plan_with_another_class_bank_but_the_same_adapter_drops_the_old_resul
     steps = client.trained(result_of(ready(1)))
     assert Send not in kinds(steps)
     assert trains(steps) == [changed]
+
+
+def test_another_adapter_of_its_own_in_the_same_round_drops_the_old_result(client):
+    client.on(ready(1, own=b"one"))
+    changed = ready(1, own=b"two")
+    assert trains(client.on(changed)) == []
+    steps = client.trained(result_of(ready(1, own=b"one")))
+    assert Send not in kinds(steps)
+    assert trains(steps) == [changed]
+
+
+def test_another_global_adapter_leaves_a_result_that_started_from_its_own(client):
+    client.on(ready(1, own=b"mine", base=b"one"))
+    assert trains(client.on(ready(1, own=b"mine", base=b"two", start=2))) == []
+    assert kinds(client.trained(result_of(ready(1, own=b"mine")))) == [Send, Announce]
+
+
+def test_an_update_that_travels_is_withdrawn_when_the_next_round_is_without_this_client(client):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    assert kinds(client.on(not_drawn(2))) == [Withdraw, Announce]
+    assert trains(client.on(ready(3))) == [ready(3)]
+
+
+def test_a_restarted_coordinator_gets_the_same_result_again_without_training(client):
+    client.on(ready(1, own=b"mine"))
+    client.trained(result_of(ready(1, own=b"mine")))
+    client.on(answered(ready(1)))
+    again = client.on(ready(1, own=b"mine", start=2))
+    assert kinds(again) == [Withdraw, Send, Announce]
+    assert again[1].result == result_of(ready(1, own=b"mine"))
 
 
 def test_a_finished_federation_drops_the_result_and_a_new_plan_starts_again(client):
@@ -197,9 +233,14 @@ def test_a_link_that_comes_or_goes_changes_nothing(client, up):
     assert kinds(client.trained(result_of(ready(1)))) == [Send, Announce]
 
 
+def key(event):
+    return event.plan.round, event.base
+
+
 ORDERS = st.lists(
     st.one_of(
-        st.tuples(st.just("plan"), st.integers(1, 4), st.booleans()),
+        st.tuples(st.just("plan"), st.integers(1, 4), st.none() | st.sampled_from([b"one", b"two"])),
+        st.tuples(st.just("not-drawn"), st.integers(1, 4)),
         st.tuples(st.sampled_from(["finished", "answered", "refused", "link", "trained", "failed"])),
     ),
     max_size=40,
@@ -216,11 +257,12 @@ def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_curren
     for what, *details in order:
         match what:
             case "plan":
-                current, sent = ready(*details), None
+                number, own = details
+                current, sent = ready(number, own=own), None
                 steps = client.on(current)
-            case "finished":
+            case "not-drawn" | "finished":
                 current, sent = None, None
-                steps = client.on(finished(4))
+                steps = client.on(not_drawn(*details) if details else finished(4))
             case "answered" | "refused" if sent is not None:
                 steps, sent = client.on(answered(sent, accepted=what == "answered")), None
             case "link":
@@ -228,7 +270,7 @@ def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_curren
             case "trained" | "failed" if running is not None:
                 steps = client.trained(result_of(running)) if what == "trained" else client.failed("broken")
                 ended, running = running, None
-                due = what == "trained" and current is not None and current.plan.adapter == ended.plan.adapter
+                due = what == "trained" and current is not None and key(current) == key(ended)
                 assert any(isinstance(step, Send) for step in steps) == due
             case _:
                 continue
@@ -236,9 +278,8 @@ def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_curren
             if isinstance(step, Train):
                 assert running is None, "two trainings at once"
                 assert step.ready == current, "trains a plan that is not the current one"
-                assert "ann" in step.ready.plan.participants, "trains without being drawn"
                 running = step.ready
             elif isinstance(step, Send):
                 assert current is not None
-                assert (step.result.round, step.result.base) == (current.plan.round, current.plan.adapter.sha256)
+                assert (step.result.round, step.result.base) == key(current)
                 sent = current

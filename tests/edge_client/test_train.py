@@ -18,6 +18,12 @@ def features(encoder, dataset):
     return encode(encoder, dataset)
 
 
+@pytest.fixture(scope="session")
+def start(make_ready, bank):
+    """The adapter that the shared encoder has."""
+    return make_ready(bank).adapter
+
+
 @pytest.fixture(scope="module")
 def shuffled(dataset):
     """The same pictures with labels that are partly wrong and of classes 0 and 2 only."""
@@ -50,28 +56,31 @@ def test_features_are_unit_vectors_one_a_picture_whatever_the_batch(encoder, dat
 
 @pytest.mark.parametrize("labelled", ["dataset", "shuffled"])
 def test_prototypes_are_unit_class_means_over_all_samples_with_their_counts(
-    request, encoder, features, bank, recipe, labelled
+    request, encoder, features, bank, recipe, start, labelled
 ):
     data = request.getfixturevalue(labelled)
-    update, _ = summarise(encoder, data, bank, recipe, seed=0)
+    update, share = summarise(encoder, data, bank, recipe, 0, start)
     present = sorted(set(data.labels.tolist()))
     assert update.prototype_classes.tolist() == present
-    for row, count, label in zip(update.prototypes, update.prototype_counts, present, strict=True):
+    counts = zip(update.prototype_counts, update.prototype_correct, strict=True)
+    for row, (count, correct), label in zip(update.prototypes, counts, present, strict=True):
         members = [feature for feature, own in zip(features, data.labels, strict=True) if own == label]
         mean = np.zeros(256)
         for member in members:
             mean += member
         assert count == len(members)
+        assert correct == sum(nearest(member, bank) == label for member in members)
         np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-5)
+    assert update.prototype_correct.sum() == pytest.approx(share * len(data))
 
 
 @pytest.mark.parametrize("cap", [0, 1, 3, 1000])
 @pytest.mark.parametrize("labelled", ["dataset", "shuffled"])
 def test_uploaded_features_are_of_correctly_predicted_samples_at_most_the_cap_of_each_class(
-    request, encoder, features, bank, recipe, labelled, cap
+    request, encoder, features, bank, recipe, start, labelled, cap
 ):
     data = request.getfixturevalue(labelled)
-    update, share = summarise(encoder, data, bank, recipe.model_copy(update={"features_per_class": cap}), seed=0)
+    update, share = summarise(encoder, data, bank, recipe.model_copy(update={"features_per_class": cap}), 0, start)
     correct = [nearest(row, bank) == label for row, label in zip(features, data.labels, strict=True)]
     assert 0 < sum(correct) < len(correct)
     assert share == pytest.approx(sum(correct) / len(correct))
@@ -79,16 +88,40 @@ def test_uploaded_features_are_of_correctly_predicted_samples_at_most_the_cap_of
         possible = [row for row, own, right in zip(features, data.labels, correct, strict=True) if right and own == label]
         sent = update.features[update.labels == label]
         assert len(sent) == min(cap, len(possible))
-        found = {next(i for i, row in enumerate(possible) if np.array_equal(row, one)) for one in sent}
+        found = {next(i for i, row in enumerate(possible) if np.allclose(row, one, atol=1e-4)) for one in sent}
         assert len(found) == len(sent)
     assert update.features.shape == (len(update.labels), 256)
 
 
-def test_which_features_are_drawn_depends_on_the_seed_only(encoder, dataset, bank, recipe):
+def test_which_features_are_drawn_depends_on_the_seed_only(encoder, dataset, bank, recipe, start):
     one = recipe.model_copy(update={"features_per_class": 1})
-    draws = [summarise(encoder, dataset, bank, one, seed)[0].features.tobytes() for seed in range(8)]
-    assert summarise(encoder, dataset, bank, one, 0)[0].features.tobytes() == draws[0]
+    draws = [summarise(encoder, dataset, bank, one, seed, start)[0].features.tobytes() for seed in range(8)]
+    assert summarise(encoder, dataset, bank, one, 0, start)[0].features.tobytes() == draws[0]
     assert len(set(draws)) > 1
+
+
+def test_features_are_those_of_the_start_or_of_the_trained_adapter_for_the_same_correct_pictures(
+    fresh, dataset, features, bank, recipe, start
+):
+    local_steps(fresh, dataset, bank, recipe.model_copy(update={"local_steps": 5}), seed=3, batch_limit=32)
+    learned, after = adapter_state(fresh.model), encode(fresh, dataset)
+    sent = {
+        origin: summarise(fresh, dataset, bank, recipe.model_copy(update={"features_from": origin}), 0, start)
+        for origin in ("start", "trained")
+    }
+    rows = {"start": features, "trained": after}
+    picked = {}
+    for origin, (update, _) in sent.items():
+        picked[origin] = [int(np.abs(rows[origin] - row).max(axis=1).argmin()) for row in update.features]
+        np.testing.assert_allclose(update.features, rows[origin][picked[origin]], atol=1e-4)
+        assert all(np.array_equal(update.adapter[name], array) for name, array in learned.items())
+    assert picked["start"] == picked["trained"]
+    assert len(picked["start"]) > 2
+    assert all(nearest(after[index], bank) == dataset.labels[index] for index in picked["start"])
+    assert np.abs(sent["start"][0].features - sent["trained"][0].features).max() > 0.01
+    np.testing.assert_array_equal(sent["start"][0].prototypes, sent["trained"][0].prototypes)
+    assert sent["start"][1] == sent["trained"][1]
+    assert all(np.array_equal(array, learned[name]) for name, array in adapter_state(fresh.model).items())
 
 
 def test_accuracy_is_the_share_of_nearest_class_embeddings(encoder, dataset, features, bank):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_lora.errors import ModelError
-from coordinator.checks import Expectation, check_update
+from coordinator.checks import Expectation, Start, check_update
 from coordinator.text_bank import make_bank
 from edge_client.errors import DataError, UnfitPlanError
 from edge_client.train import TrainingStopped
@@ -28,9 +28,11 @@ def test_an_update_is_what_the_coordinator_expects(result, make_ready, bank):
     ready = make_ready(bank)
     shapes = {name: array.shape for name, array in ready.adapter.items()}
     update = decode_update(encode_update(result.update))
-    assert check_update(update, Expectation(ready.plan, shapes, 256, 3)).accepted
-    assert (result.round, result.base, result.samples) == (1, ready.plan.adapter.sha256, 24)
+    starts = {"ann": Start(ready.base, shapes)}
+    assert check_update("ann", update, Expectation(ready.plan, starts, 256, 3)).accepted
+    assert (result.round, result.base, result.samples) == (1, ready.base, 24)
     assert update.prototype_counts.sum() == 24
+    assert update.prototype_correct.sum() == round(result.accuracy * 24)
     assert any((update.adapter[name] != array).any() for name, array in ready.adapter.items())
 
 

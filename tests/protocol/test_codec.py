@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load, save
 
 from protocol.codec import (
     decode_adapter,
@@ -43,6 +44,7 @@ def updates(draw) -> Update:
         draw(hnp.arrays(np.float32, (prototypes, dim), elements=unit)),
         draw(hnp.arrays(np.int32, prototypes, elements=indices)),
         draw(hnp.arrays(np.int32, prototypes, elements=indices)),
+        draw(hnp.arrays(np.int32, prototypes, elements=indices)),
         draw(hnp.arrays(np.float32, (features, dim), elements=unit)),
         draw(hnp.arrays(np.int32, features, elements=indices)),
     )
@@ -55,6 +57,7 @@ def an_update() -> Update:
         rng.normal(size=(2, 4)).astype(np.float32),
         np.array([0, 1], np.int32),
         np.array([3, 4], np.int32),
+        np.array([2, 0], np.int32),
         rng.normal(size=(3, 4)).astype(np.float32),
         np.array([0, 1, 1], np.int32),
     )
@@ -90,7 +93,7 @@ def test_an_adapter_comes_back_rounded_to_the_nearest_float16(adapter):
 def test_an_update_comes_back_with_features_within_half_an_int8_step(update):
     decoded = decode_update(encode_update(update))
     assert list(decoded.adapter) == sorted(update.adapter)
-    for name in ("prototype_classes", "prototype_counts", "labels"):
+    for name in ("prototype_classes", "prototype_counts", "prototype_correct", "labels"):
         np.testing.assert_array_equal(getattr(decoded, name), getattr(update, name))
     np.testing.assert_array_equal(decoded.prototypes, np.vectorize(naive_half, otypes=[np.float32])(update.prototypes))
     assert decoded.features.shape == update.features.shape
@@ -234,12 +237,22 @@ def test_features_that_are_not_finite_do_not_travel(value):
         encode_update(dataclasses.replace(an_update(), features=np.full((3, 4), value, np.float32)))
 
 
-@pytest.mark.parametrize("name", ["prototypes", "prototype_classes", "prototype_counts", "features", "labels"])
+ROWS = ["prototypes", "prototype_classes", "prototype_counts", "prototype_correct", "features", "labels"]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_an_update_whose_arrays_differ_in_number_is_refused(name):
     update = an_update()
     shorter = dataclasses.replace(update, **{name: getattr(update, name)[1:]})
     with pytest.raises(WireError, match="differ in number"):
         decode_update(encode_update(shorter))
+
+
+@pytest.mark.parametrize("name", [*ROWS, "feature_scales"])
+def test_an_update_without_one_of_its_arrays_is_refused_naming_it(name):
+    arrays = {key: array for key, array in load(BLOBS["update"]).items() if key != name}
+    with pytest.raises(WireError, match=f"{name} should be .* found nothing"):
+        decode_update(save(arrays, {"type": "update"}))
 
 
 @pytest.mark.parametrize("scale", [float("inf"), 3e38])

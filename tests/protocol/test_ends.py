@@ -52,7 +52,7 @@ def an_adapter(seed: int = 0) -> dict:
 def a_result(number: int = 1, seed: int = 1) -> TrainingResult:
     rows = np.random.default_rng(seed).normal(size=(6, 64)).astype(np.float32)
     indices = np.arange(6, dtype=np.int32)
-    update = Update(an_adapter(seed), rows, indices, indices, rows, indices)
+    update = Update(an_adapter(seed), rows, indices, indices, indices, rows, indices)
     return TrainingResult(number, "ab" * 32, update, 6, 0.5, 0.5, 1.0)
 
 
@@ -64,7 +64,7 @@ def a_plan(adapter_ref, bank_ref, number: int = 1, state: str = "open") -> Round
         state=state,
         classes=bank_ref.sha256,
         adapter=adapter_ref,
-        participants=("a",),
+        participants=("a", "b", "c", "late"),
         recipe=Recipe(),
         seed=0,
         deadline_s=60.0,

@@ -96,7 +96,7 @@ def new_coordinator() -> CoordinatorEnd:
 def a_result(loss: float = 0.5) -> TrainingResult:
     none = np.zeros(0, np.int32)
     empty = np.zeros((0, 4), np.float32)
-    return TrainingResult(1, SHA, Update(ADAPTER, empty, none, none, empty, none), 1, loss, 0.5, 1.0)
+    return TrainingResult(1, SHA, Update(ADAPTER, empty, none, none, none, empty, none), 1, loss, 0.5, 1.0)
 
 
 def give(end, *deliveries: Delivery, now: float = 1.0) -> list:
