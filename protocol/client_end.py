@@ -76,7 +76,7 @@ class ClientEnd:
         self._status = Status(state="online")
         self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
-        self._own: ClientAdapter | None = None
+        self._own: dict[str, ClientAdapter] = {}  # by run: the open plan's, and at most one other
         self._announced: tuple[object, ...] | None = None
         self._bank: _Wanted[TextBank] | None = None
         self._adapter: _Wanted[Adapter] | None = None
@@ -222,23 +222,28 @@ class ClientEnd:
             return [], []  # an old plan that comes again
         self._plan = plan
         if plan.state == "finished":
-            return [], [Finished(plan)]
+            return self._give_up_start(), [Finished(plan)]
         if self._id not in plan.participants:
-            return [], [NotDrawn(plan)]
+            return self._give_up_start(), [NotDrawn(plan)]
         return self._want_start()
 
     def _own_adapter(self, manifest: ClientAdapter) -> tuple[list[Action], list[ClientEvent]]:
-        self._own = manifest
+        known, plan = self._own.get(manifest.run), self._plan
+        if known is not None and manifest.round < known.round:
+            return [], []  # late: a newer round's is here
+        current = {run: own for run, own in self._own.items() if plan is not None and run == plan.run}
+        self._own = {**current, manifest.run: manifest}
         return self._want_start()
 
     def _start(self) -> BlobRef | None:
         """Return the adapter that the open round starts from here, None while that is not known."""
-        plan, own = self._plan, self._own
+        plan = self._plan
         if plan is None or plan.state != "open" or self._id not in plan.participants:
             return None
         if not plan.individual:
             return plan.adapter
-        return own.adapter if own is not None and (own.run, own.round) == (plan.run, plan.round) else None
+        own = self._own.get(plan.run)
+        return own.adapter if own is not None and own.round == plan.round else None
 
     def _want_start(self) -> tuple[list[Action], list[ClientEvent]]:
         """Fetch what the open round starts from, unless it is here."""
@@ -250,6 +255,13 @@ class ClientEnd:
         actions = self._stop_fetching(self._adapter)
         self._adapter = _Wanted(Fetch(ref, Repeat(self._rng)), decode_adapter)
         return [*actions, Subscribe(self.topics.blob_filter(ref.sha256))], []
+
+    def _give_up_start(self) -> list[Action]:
+        """Fetch no adapter: this client has no part in the newest plan."""
+        actions = self._stop_fetching(self._adapter)
+        if actions:
+            self._adapter = None
+        return actions
 
     def _stop_fetching(self, wanted: _Wanted[Record] | None) -> list[Action]:
         if wanted is None or wanted.record is not None:

@@ -64,6 +64,15 @@ class Network:
             self._filters[name].clear()
             self._give(name, Connected(self.max_packet))
 
+    def replace_broker(self, max_packet: int | None, *names: str) -> None:
+        """Another broker takes over: what the old one had under way or retained is lost. The ends connect in this order."""
+        self._under_way.clear()
+        self._retained.clear()
+        for filters in self._filters.values():
+            filters.clear()
+        self.max_packet = max_packet
+        self.connect(*names)
+
     def do(self, name: str, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, Publish):

@@ -16,6 +16,7 @@ from protocol.messages import (
     MAX_CHUNKS,
     BlobRef,
     ClassBankManifest,
+    ClientAdapter,
     Need,
     Offer,
     Receipt,
@@ -43,6 +44,7 @@ recipes = st.builds(
     projections=st.lists(st.sampled_from(["q_proj", "k_proj", "v_proj", "out_proj"]), min_size=1, unique=True).map(tuple),
     learning_rate=positive,
     mu=st.floats(min_value=0, allow_infinity=False),
+    features_from=st.sampled_from(["start", "trained"]),
 )
 MANIFESTS = {
     "classes": st.builds(ClassBankManifest, version=counts, blob=refs),
@@ -54,11 +56,13 @@ MANIFESTS = {
         state=st.sampled_from(["open", "finished"]),
         classes=digests,
         adapter=refs,
+        individual=st.booleans(),
         participants=st.lists(names, max_size=5).map(tuple),
         recipe=recipes,
         seed=counts,
         deadline_s=positive,
     ),
+    "adapter": st.builds(ClientAdapter, run=names, round=counts, adapter=refs),
     "offer": st.builds(
         Offer,
         round=counts,
@@ -81,6 +85,7 @@ MANIFESTS = {
         round=st.none() | counts,
         profile=st.none() | names,
         bits=st.sampled_from([None, 4, 8, 32]),
+        max_rank=st.none() | st.integers(1, 256),
         detail=st.text(max_size=500),
     ),
 }
