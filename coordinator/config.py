@@ -19,7 +19,7 @@ classes = [{classes}]
 templates = ["a photo of a {{}}"]       # {{}} is replaced by the class name; several are averaged
 model = "tiny-clip"                   # tiny-clip, a folder in transformers' format, or e.g. "openai/clip-vit-base-patch32"
 
-rounds = 5
+rounds = 5                            # of training; the recipe's aligning and closing round follow
 clients_per_round = 2                 # drawn from the clients that are online
 quorum = 2                            # so many accepted updates close a round
 deadline_s = 600                      # a round without its quorum by then is given up, and the next one begins
@@ -38,19 +38,25 @@ learning_rate = 3e-3
 local_steps = 15                      # optimiser steps of a client in a round
 batch_size = 16
 # mu = 0.1                            # weight of the orthogonal loss
-# features_per_class = 16             # correctly predicted features a client uploads; 0 uploads none
+# features_per_class = 16             # features a client uploads in a round; 0 uploads none
+# features_of = "all"                 # "correct": of correctly predicted pictures only
 
 # [recipe.text]                       # the coordinator's own training, on the uploaded features
-# steps = 30                          # 0 leaves the text side as it is
+# steps = 20                          # 0 leaves the text side as it is
 # prototypes_for_missing = true       # a class without a feature is represented by its prototypes
 # balance_classes = true
+# continued = false                   # true goes on from the last round instead of beginning anew
+# aligning_round = true               # after the last round: fit the text side to the final global adapter
 
 # [recipe.personal]                   # each client's own adapter
 # query = "R1"                        # R1, R2, R3, identity (everybody keeps their own) or none (all take the global one)
+# start = "global"                    # what a round starts from: the global adapter for all, or "own"
 # tau_q = 0.1                         # small listens to the alike, inf to all
 # cut = 0                             # blocks below take the global adapter
 # own_share = 0.0                     # share of the attention that stays with the client itself
 # clusters = 0                        # for fleets: attend to so many cluster means instead of to every client
+# closing_steps = 10                  # a last round in which each client takes so many steps from its own adapter
+# ex_query = true                     # one more query over their results
 
 [broker]
 url = "{broker}"                      # mqtts:// for TLS

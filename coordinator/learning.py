@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -34,16 +34,12 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a round's learning went: None for what the recipe leaves out."""
+    """How a round's learning went: None for what the recipe leaves out. `renewed` names whose own adapters are new."""
 
     text: TextLoss | None
     attention: Attention | None
     class_accuracy: dict[str, float]
-
-    @property
-    def renewed(self) -> tuple[str, ...]:
-        """The clients whose own adapters are new."""
-        return self.attention.clients if self.attention else ()
+    renewed: tuple[str, ...] = ()
 
 
 class Learner:
@@ -67,8 +63,22 @@ class Learner:
         if recipe.personal.query != "none":
             personal, attention = personalise(contributions, recipe, bank.embeddings, common)
             own |= {client: stored(adapter) for client, adapter in personal.items()}
-        lesson = Lesson(loss, attention, class_accuracy(contributions, bank))
-        return Knowledge(bank, common, text, own), lesson
+        renewed = attention.clients if attention else ()
+        return Knowledge(bank, common, text, own), Lesson(loss, attention, class_accuracy(contributions, bank), renewed)
+
+    def align(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
+        """Train the text side alone, on features as the final global adapter sees them."""
+        bank, text, loss = self._train_text(contributions, known)
+        return replace(known, bank=bank, text=text), Lesson(loss, None, class_accuracy(contributions, bank))
+
+    def close(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
+        """Take what the closing round's clients trained, or a query makes of it, as their own adapters; all else stays."""
+        own, attention = {client: contributions[client].update.adapter for client in sorted(contributions)}, None
+        if self._recipe.personal.query != "none" and self._recipe.personal.ex_query:
+            personal, attention = personalise(contributions, self._recipe, known.bank.embeddings, known.adapter)
+            own |= personal
+        lesson = Lesson(None, attention, class_accuracy(contributions, known.bank), tuple(own))
+        return replace(known, own={**known.own, **{client: stored(adapter) for client, adapter in own.items()}}), lesson
 
     def _train_text(
         self, contributions: Mapping[str, Contribution], known: Knowledge
@@ -78,8 +88,7 @@ class Learner:
         samples = TextSamples.gather(contributions, self._recipe.text)
         if not len(samples):
             return known.bank, known.text, None
-        if known.text is not None:
-            self._text.load(known.text)
+        self._text.restart(known.text if self._recipe.text.continued else None)
         loss = self._text.train(samples)
         text = stored(self._text.adapter())
         self._text.load(text)

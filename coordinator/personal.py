@@ -30,18 +30,23 @@ class Attention:
 
 def personalise(
     contributions: Mapping[str, Contribution], recipe: FederationRecipe, text: FloatArray, common: Adapter
-) -> tuple[dict[str, Adapter], Attention]:
+) -> tuple[dict[str, Adapter], Attention | None]:
     """Return each contributor's adapter and the attention. `common` is the global adapter, used in blocks below the cut.
 
-    client adapter_k = sum_j a_kj adapter_j, by the recipe's algebra (docs/method.md, step 6).
+    client adapter_k = sum_j a_kj adapter_j, by the recipe's algebra (docs/method.md, step 6). Who sent no prototypes can
+    neither ask nor be found: such a client is left out. The attention is None if that leaves nobody.
     """
     how = recipe.personal
-    clients = sorted(contributions)
+    assert how.query != "none"  # who calls has asked
+    clients = sorted(c for c in contributions if contributions[c].update.prototype_counts.sum() > 0)
+    if not clients:
+        return {}, None
     updates = [contributions[client].update for client in clients]
     holders = [Holder.of(update) for update in updates]
     adapters: Sequence[Adapter] = [update.adapter for update in updates]
     sources, names = list(holders), list(clients)
-    if how.clusters and how.query != "identity":
+    clustered = bool(how.clusters) and how.query != "identity"
+    if clustered:
         labels = cluster(holders, how.clusters)
         members = [np.flatnonzero(labels == m).tolist() for m in range(labels.max() + 1)]
         sources = [together([holders[k] for k in group]) for group in members]
@@ -50,15 +55,14 @@ def personalise(
             for group in members
         ]
         names = [f"cluster-{m}" for m in range(len(members))]
-    assert how.query != "none"
     weights = attention(how.query, holders, sources, how.tau_q, text)
-    if names == clients:
+    if not clustered:
         weights = keep_share(weights, how.own_share)
     own: dict[str, Adapter] = {}
     for client, update, row in zip(clients, updates, weights, strict=True):
         rank = rank_of(update.adapter)
         mine = blend(adapters, row.tolist(), recipe, rank)
-        if names != clients and how.own_share:
+        if clustered and how.own_share:
             mine = blend([update.adapter, mine], [how.own_share, 1.0 - how.own_share], recipe, rank)
         own[client] = below(how.cut, at_rank(common, rank), mine)
     return own, Attention(tuple(clients), tuple(names), weights, entropy(weights))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from protocol.messages import FloatArray, IntArray, Update
 
 Matrix = NDArray[np.float64]
 KMEANS_STEPS = 50
+AT_THE_MEAN = 1e-6  # of unit length: below that, a direction is rounding
+DIGITS = 9  # cosines that agree so far are equal: where arrays lie in memory shows in the last bits of their products
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Holder:
 
     prototypes: FloatArray
     classes: IntArray
-    counts: IntArray
+    counts: NDArray[np.integer[Any]]
 
     @classmethod
     def of(cls, update: Update) -> Holder:
@@ -62,7 +64,7 @@ def attention(
     else:
         scores = np.array([[_class_matched(asker, source) for source in sources] for asker in askers])
     samples = np.array([source.samples for source in sources])
-    return _softmax(scores / tau + np.log(samples / samples.sum()))
+    return _softmax(scores.round(DIGITS) / tau + np.log(samples / samples.sum()))
 
 
 def mean_prototype(holders: Sequence[Holder]) -> Matrix:
@@ -76,7 +78,7 @@ def queries(holders: Sequence[Holder], mean: Matrix) -> Matrix:
     """Return q_k of R1, (K, D): unit, or 0 for a holder that sits exactly at the mean."""
     centred = np.stack([h.counts / h.samples @ (h.prototypes.astype(np.float64) - mean) for h in holders])
     norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.where(norms > 0, norms, 1.0)
+    return np.where(norms > AT_THE_MEAN, centred / np.maximum(norms, AT_THE_MEAN), 0.0)
 
 
 def keep_share(matrix: Matrix, share: float) -> Matrix:
@@ -98,12 +100,12 @@ def cluster(holders: Sequence[Holder], number: int) -> NDArray[np.int64]:
     q = queries(holders, mean_prototype(holders))
     chosen = [int(np.argmax([h.samples for h in holders]))]
     while len(chosen) < min(number, len(holders)):
-        nearest = (q @ q[chosen].T).max(axis=1)
+        nearest = (q @ q[chosen].T).round(DIGITS).max(axis=1)
         nearest[chosen] = np.inf
         chosen.append(int(nearest.argmin()))
     centres, labels = q[chosen], np.full(len(q), -1)
     for _ in range(KMEANS_STEPS):
-        new = (q @ centres.T).argmax(axis=1)
+        new = (q @ centres.T).round(DIGITS).argmax(axis=1)
         if np.array_equal(new, labels):
             break
         labels = new
@@ -125,7 +127,7 @@ def together(holders: Sequence[Holder]) -> Holder:
         counts[rows] += holder.counts
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     unit = sums / np.where(norms > 0, norms, 1.0)
-    return Holder(unit.astype(np.float32), classes.astype(np.int32), counts.astype(np.int32))
+    return Holder(unit.astype(np.float32), classes.astype(np.int32), counts)
 
 
 def _class_matched(asker: Holder, source: Holder) -> float:
@@ -138,7 +140,7 @@ def _attend_by_text(askers: Sequence[Holder], sources: Sequence[Holder], tau: fl
     scores = np.full((len(text), len(sources)), -np.inf)
     for j, source in enumerate(sources):
         cosines = np.einsum("pd,pd->p", text[source.classes].astype(np.float64), source.prototypes)
-        scores[source.classes, j] = cosines / tau + np.log(source.counts)
+        scores[source.classes, j] = cosines.round(DIGITS) / tau + np.log(source.counts)
     held = np.isfinite(scores).any(axis=1)
     by_class = np.zeros_like(scores)
     by_class[held] = _softmax(scores[held])

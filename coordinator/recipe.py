@@ -20,15 +20,22 @@ RecipeName = Literal["fedalign", "fedlora", "local", "zero-shot", "feddtl"]
 
 
 class TextTraining(BaseModel):
-    """How the coordinator trains its text side on uploaded features (docs/method.md, step 4); 0 steps: not at all."""
+    """How the coordinator trains its text side on uploaded features (docs/method.md, step 4); 0 steps: not at all.
+
+    Few steps, anew from the pretrained tower in every round, generalise best; `continued` goes on from the last round's.
+    With `aligning_round`, a round without local steps follows the last one: clients send features as the final global
+    adapter sees them, so that image and text side fit each other at the end.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: Annotated[int, Field(ge=0, le=100_000)] = 0
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
     rank: Annotated[int, Field(ge=1, le=256)] = 4
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     projections: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     first_block: Annotated[int, Field(ge=0)] = 0
+    continued: bool = False
+    aligning_round: bool = True
     prototypes_for_missing: bool = True
     balance_classes: bool = True
 
@@ -36,16 +43,22 @@ class TextTraining(BaseModel):
 class Personalisation(BaseModel):
     """How clients' own adapters are made (docs/method.md, step 6).
 
+    `start` says what the rounds' training starts from; with "global", own adapters serve inference and the closing round.
     Blocks below `cut` take the global adapter. `own_share` of the attention stays with the client itself. With
-    `clusters` above 0 clients attend to so many cluster means instead of to each other.
+    `clusters` above 0 clients attend to so many cluster means instead of to each other. With `closing_steps`
+    above 0 a last round follows in which each client takes so many steps from what it was sent and keeps the result, or
+    with `ex_query`, what one more query makes of all results.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     query: Query = "none"
+    start: Literal["global", "own"] = "global"
     tau_q: Annotated[float, Field(gt=0)] = 0.1
     cut: Annotated[int, Field(ge=0)] = 0
     own_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     clusters: Annotated[int, Field(ge=0)] = 0
+    closing_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    ex_query: bool = False
 
     @model_validator(mode="after")
     def _tau_is_a_number(self) -> Personalisation:
@@ -55,11 +68,16 @@ class Personalisation(BaseModel):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fedalign": {"text": {"steps": 30}, "personal": {"query": "R1"}},
+    "fedalign": {"text": {"steps": 20}, "personal": {"query": "R1", "closing_steps": 10, "ex_query": True}},
     "fedlora": {"mu": 0.0, "features_per_class": 0},
-    "local": {"mu": 0.0, "features_per_class": 0, "aggregation": "none", "personal": {"query": "identity"}},
+    "local": {
+        "mu": 0.0,
+        "features_per_class": 0,
+        "aggregation": "none",
+        "personal": {"query": "identity", "start": "own", "closing_steps": 10},
+    },
     "zero-shot": {"local_steps": 0, "features_per_class": 0, "aggregation": "none"},
-    "feddtl": {"mu": 0.0, "first_block": -3, "text": {"steps": 30, "prototypes_for_missing": False}},
+    "feddtl": {"mu": 0.0, "first_block": -3, "text": {"steps": 20, "prototypes_for_missing": False}},
 }
 
 
@@ -82,9 +100,19 @@ class FederationRecipe(Recipe):
         if not isinstance(given, Mapping):
             return given
         name = given.get("name", "fedalign")
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}")
         return _merge({"name": name, **PRESETS[name]}, given)
+
+    @property
+    def rounds_after(self) -> int:
+        """Return how many rounds follow a federation's training rounds: the aligning one, the closing one."""
+        return int(self.aligns) + int(self.personal.closing_steps > 0)
+
+    @property
+    def aligns(self) -> bool:
+        """Return whether an aligning round follows the training rounds."""
+        return self.text.steps > 0 and self.text.aligning_round
 
     def training(self, depth: int) -> Recipe:
         """Return what travels to the clients, for an image tower of `depth` blocks."""
@@ -106,6 +134,8 @@ def parse_recipe(text: str) -> FederationRecipe:
         place = given
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{override!r} in recipe {text!r}: {parent} is a value, not a table of keys")  # noqa: TRY004
         place[key] = value
     return FederationRecipe.model_validate(given)
 

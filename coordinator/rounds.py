@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from clip_lora.lora import adapter_shapes, initial_adapter
 from clip_lora.towers import load_config
+from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, Start
 from coordinator.collection import Answer, Collection, refuse_all
 from coordinator.config import CoordinatorConfig
@@ -18,12 +20,21 @@ from coordinator.store import AttentionRecord, Identity, Refusal, RoundRecord, S
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent
 from protocol.link import Link
-from protocol.messages import RoundPlan, Status, TextBank
+from protocol.messages import Recipe, RoundPlan, Status, TextBank
 
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0
 MISSED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a round is for: what clients do, whether each starts from its own adapter, what is learned from their updates."""
+
+    recipe: Recipe
+    from_own: bool
+    learn: Callable[[Mapping[str, Contribution], Knowledge], tuple[Knowledge, Lesson]]
 
 
 class Federation:
@@ -42,6 +53,7 @@ class Federation:
         self._model = load_config(config.model)
         self._training = config.recipe.training(self._model.vision_config.num_hidden_layers)
         self._learner = Learner(bank, config.recipe, config.seed)
+        self._last = config.rounds + config.recipe.rounds_after
 
     def run(self) -> Iterator[RoundRecord]:
         """Yield a record after each round; raises FederationError when the federation cannot go on."""
@@ -49,7 +61,7 @@ class Federation:
         self._run, self._start = self._store.begin(self._identity())
         number, known = self._recall()
         missed = 0
-        while number < self._config.rounds:
+        while number < self._last:
             number += 1
             participants = self._draw(number)
             started = time.monotonic()
@@ -57,7 +69,7 @@ class Federation:
             lesson = NO_LESSON
             if collection.has_quorum:
                 missed = 0
-                known, lesson = self._learner.learn(collection.accepted, known)
+                known, lesson = self._phase(number).learn(collection.accepted, known)
             else:
                 missed += 1
             saved = self._store.save(number, known, lesson)
@@ -71,6 +83,17 @@ class Federation:
                 )
         self._broadcast(number, known, ())
         self._link.poll(0.0)
+
+    def _phase(self, number: int) -> Phase:
+        """Return what a round is for: training, or after `rounds` of it the recipe's aligning and closing rounds."""
+        training, recipe, personal = self._training, self._config.recipe, self._config.recipe.personal
+        personalised = personal.query != "none"
+        if number <= self._config.rounds:
+            return Phase(training, personalised and personal.start == "own", self._learner.learn)
+        if recipe.aligns and number == self._config.rounds + 1:
+            return Phase(training.model_copy(update={"local_steps": 0}), False, self._learner.align)
+        closing = training.model_copy(update={"local_steps": personal.closing_steps, "features_per_class": 0})
+        return Phase(closing, personalised, self._learner.close)
 
     def _recall(self) -> tuple[int, Knowledge]:
         """Return the last finished round and what is known since; a new federation begins with round 0's."""
@@ -130,7 +153,8 @@ class Federation:
         bank, actions = self._end.publish_bank(known.bank)
         self._link.do(actions)
         common = self._end.serve_adapter(known.adapter)
-        individual, starts = self._starts(number, known, participants, common.sha256)
+        phase = self._phase(min(number, self._last))
+        individual, starts = self._starts(number, phase.from_own, known, participants, common.sha256)
         plan = RoundPlan.model_validate(
             {
                 "run": self._run,
@@ -141,7 +165,7 @@ class Federation:
                 "adapter": common,
                 "individual": individual,
                 "participants": participants,
-                "recipe": self._training,
+                "recipe": phase.recipe,
                 "seed": self._config.seed,
                 "deadline_s": self._config.deadline_s,
             }
@@ -150,13 +174,15 @@ class Federation:
         return Expectation(plan, starts, known.bank.embeddings.shape[1], len(known.bank.classes))
 
     def _starts(
-        self, number: int, known: Knowledge, participants: tuple[str, ...], common: str
+        self, number: int, from_own: bool, known: Knowledge, participants: tuple[str, ...], common: str
     ) -> tuple[bool, dict[str, Start]]:
         """Decide what each participant starts from, and announce it where it is not the global adapter for all."""
         ranks = {client: self._rank(client) for client in participants}
         shapes = {r: adapter_shapes(self._model, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
-        if self._config.recipe.personal.query == "none" and set(ranks.values()) <= {self._training.rank}:
+        if not from_own and set(ranks.values()) <= {self._training.rank}:
             return False, {client: Start(common, shapes[rank]) for client, rank in ranks.items()}
+        if not from_own:
+            known = replace(known, own={})
         own = self._end.serve_client_adapters(
             self._run, number, {client: known.start_of(client, rank) for client, rank in ranks.items()}
         )
@@ -208,6 +234,7 @@ class Federation:
         samples = sum(offer.samples for offer in offers.values())
         bytes_up, self._end.bytes_up = dict(sorted(self._end.bytes_up.items())), type(self._end.bytes_up)()
         text, attention = lesson.text, lesson.attention
+        trained = collection.plan.recipe.local_steps > 0
         return RoundRecord(
             round=collection.plan.round,
             outcome="aggregated" if collection.has_quorum else "quorum-missed",
@@ -217,7 +244,7 @@ class Federation:
             ],
             silent=collection.silent,
             samples=samples,
-            loss=sum(o.loss * o.samples for o in offers.values()) / samples if samples else None,
+            loss=sum(o.loss * o.samples for o in offers.values()) / samples if samples and trained else None,
             train_accuracy=sum(o.accuracy * o.samples for o in offers.values()) / samples if samples else None,
             seconds=seconds,
             bytes_up=bytes_up,

@@ -159,9 +159,7 @@ class Store:
             raise self._foreign(error) from error
 
     def _foreign(self, error: Exception) -> FederationError:
-        return FederationError(
-            f"{self.folder} holds the state of another federation ({error}): set `state` to a new folder"
-        )
+        return FederationError(f"{self.folder} holds the state of another federation ({error}): set `state` to a new folder")
 
     def _read(self, path: Path) -> bytes:
         try:

@@ -36,11 +36,13 @@ class TextSamples:
         the same, otherwise all rows do.
         """
         updates = [contributions[client].update for client in sorted(contributions)]
-        features = np.concatenate([u.features for u in updates])
+        width = max(rows.shape[1] for u in updates for rows in (u.features, u.prototypes))
+        none = np.zeros((0, width), np.float32)
+        features = np.concatenate([none, *(u.features for u in updates if len(u.features))])
         labels = np.concatenate([u.labels for u in updates])
         weights = np.ones(len(labels))
         if how.prototypes_for_missing:
-            rows = np.concatenate([u.prototypes for u in updates])
+            rows = np.concatenate([none, *(u.prototypes for u in updates if len(u.prototypes))])
             classes = np.concatenate([u.prototype_classes for u in updates])
             counts = np.concatenate([u.prototype_counts for u in updates]).astype(np.float64)
             for c in np.setdiff1d(classes, labels):
@@ -86,11 +88,16 @@ class TextSide:
         ]
         everything = [template.format(name) for name in bank.classes for template in bank.templates]
         self._all = tokenizer(everything, padding=True, truncation=True, return_tensors="pt").to(self._device)
-        self.load(initial_adapter(self.shapes, seed))
+        self._initial = initial_adapter(self.shapes, seed)
+        self.load(self._initial)
 
     def load(self, adapter: Adapter) -> None:
         """Set the adapter; raises ModelError unless it fits."""
         load_adapter(self._model, adapter)
+
+    def restart(self, adapter: Adapter | None) -> None:
+        """Go on from an adapter, or begin anew."""
+        self.load(self._initial if adapter is None else adapter)
 
     def adapter(self) -> Adapter:
         """Return the adapter."""

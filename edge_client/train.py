@@ -157,9 +157,9 @@ def summarise(
 ) -> tuple[Update, float]:
     """Return the update and the training accuracy.
 
-    Prototypes are the unit means of v(x) over all samples of a class. Features are of correctly predicted samples, a
-    seeded draw of at most `features_per_class` of each class (docs/method.md, step 3): as the `start` adapter sees them
-    or as the trained one does, which is correct about them.
+    Prototypes are the unit means of v(x) over all samples of a class. Features are of correctly predicted
+    samples, or of all, a seeded draw of at most `features_per_class` of each class (docs/method.md, step 3), as the `start`
+    adapter sees them or as the trained one does.
     """
     adapter: Adapter = adapter_state(encoder.model)
     features = encode(encoder, data)
@@ -167,7 +167,8 @@ def summarise(
     present = np.unique(data.labels)
     means = np.stack([features[data.labels == c].mean(axis=0) for c in present])
     order = np.random.default_rng(seed).permutation(len(data))
-    chosen = [order[(data.labels[order] == c) & correct[order]][: recipe.features_per_class] for c in present]
+    wanted = correct if recipe.features_of == "correct" else np.ones(len(data), bool)
+    chosen = [order[(data.labels[order] == c) & wanted[order]][: recipe.features_per_class] for c in present]
     picked = np.concatenate(chosen)
     sent = features[picked]
     if recipe.features_from == "start" and len(picked):

@@ -76,6 +76,7 @@ class Recipe(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     features_per_class: Annotated[int, Field(ge=0, le=100_000)] = 16
+    features_of: Literal["correct", "all"] = "all"
     features_from: Literal["start", "trained"] = "start"
 
     def at_rank(self, rank: int) -> Recipe:

@@ -1,6 +1,6 @@
 """The whole way: text -> embeddings -> bus -> quantised training -> upload -> aggregation -> broadcast -> ONNX -> answers.
 
-By the recipe that is the default, FedAlign: the text side is trained and every client has an adapter of its own. Once in
+By FedAlign: the text side is trained and every client has an adapter of its own, from which its rounds start. Once in
 memory, once over the embedded broker, three times over a real Mosquitto, with a restarted and with a killed coordinator:
 all must end in the same bits, the whole state folder.
 """
@@ -13,13 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clip_lora.algebra import mean_of_factors, mean_of_products, rank_of
@@ -55,7 +57,14 @@ from protocol.settings import BrokerSettings
 from protocol.topics import Topics, parse
 
 CLASSES = ("zero", "one", "two", "three")
-RECIPE = FederationRecipe.model_validate({"local_steps": 3, "batch_size": 8, "features_per_class": 2, "text": {"steps": 3}})
+GIVEN: dict[str, Any] = {
+    "local_steps": 3,
+    "batch_size": 8,
+    "features_per_class": 2,
+    "text": {"steps": 3, "aligning_round": False},
+    "personal": {"start": "own", "closing_steps": 0},
+}
+RECIPE = FederationRecipe.model_validate(GIVEN)
 DEPTH = load_model_config("tiny-clip").vision_config.num_hidden_layers
 PROFILE = load_profile("generic-cpu")
 NARROW = PROFILE.model_copy(update={"max_rank": 2})
@@ -84,7 +93,16 @@ def state_of(store: Store) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def homes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def one_thread() -> Iterator[None]:
+    """As in processes of their own: here coordinator and clients share torch's number of threads, and each sets it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> list[Path]:
     """Two clients' folders: real digits, the first client without "three", the second without "zero"."""
     folder = tmp_path_factory.mktemp("pictures")
     digits = [picture for picture in find_pictures("digits") if picture.label in CLASSES]
@@ -288,7 +306,8 @@ def test_a_coordinator_killed_in_a_round_gets_the_same_round_again(
     settings = tmp_path / "coordinator.toml"
     settings.write_text(
         f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 2\nseed = 7\n"
-        f"recipe = {{ local_steps = 3, batch_size = 8, features_per_class = 2, text = {{ steps = 3 }} }}\n"
+        f"recipe = {{ local_steps = 3, batch_size = 8, features_per_class = 2, "
+        f"text = {{ steps = 3, aligning_round = false }}, personal = {{ start = 'own', closing_steps = 0 }} }}\n"
         f"[broker]\nurl = '{embedded}'\n"
     )
     assert load_config(settings).recipe == RECIPE
@@ -344,6 +363,25 @@ def uploads_on(bus: Bus) -> list[tuple[str, int, Update]]:
     ]
 
 
+def test_the_aligning_and_the_closing_round_follow_the_last(homes: list[Path], tmp_path: Path) -> None:
+    """The aligning round moves the class bank alone, the closing one the clients' own adapters alone."""
+    recipe = {**GIVEN, "text": {"steps": 3}, "personal": {"closing_steps": 2}}
+    outcome = federate(in_memory(), homes, tmp_path / "state", rounds=1, recipe=recipe)
+    training, aligning, closing = outcome.records
+    assert training.adapter_sha256 == aligning.adapter_sha256 == closing.adapter_sha256
+    assert [record.bank_version for record in outcome.records] == [2, 3, 3]
+    assert [record.text is not None for record in outcome.records] == [True, True, False]
+    assert [record.own for record in outcome.records] == [["one", "two"], [], ["one", "two"]]
+    store = outcome.store
+    for name, home in zip(("one", "two"), homes, strict=True):
+        trainer, _, _ = new_client(client_config(name, home), PROFILE)
+        start = decode_adapter(store.own_path(1, name).read_bytes())
+        how = RECIPE.training(DEPTH).model_copy(update={"local_steps": 2, "features_per_class": 0})
+        plan = a_plan(3).model_copy(update={"recipe": how})
+        update = trainer.run(PlanReady(plan, store.bank(3), start, "0" * 64), lambda: False).update
+        assert encode_adapter(decode_update(encode_update(update)).adapter) == store.own_path(3, name).read_bytes()
+
+
 def test_devices_of_different_ranks_learn_together_by_the_mean_of_products(homes: list[Path], tmp_path: Path) -> None:
     broker = MemoryBroker()
     watch = broker.connect()
@@ -376,12 +414,12 @@ def test_devices_of_different_ranks_learn_together_by_the_mean_of_products(homes
 
 
 def test_a_narrow_device_trains_at_the_same_scale(homes: list[Path]) -> None:
-    """Alpha over rank is the federation's: the same B A, at rank 2 and in 8 factors of which 6 carry nothing, is the same model."""
+    """Alpha over rank is the federation's: the same B A is the same model, at rank 2 or padded to rank 8 with nothing."""
     plan = a_plan(1)
     wide = plan.recipe.model_copy(update={"rank": 8, "alpha": 16.0, "local_steps": 0})
     shapes = adapter_shapes(load_model_config("tiny-clip"), "vision", wide.at_rank(2))
     rng = np.random.default_rng(0)
-    narrow = {name: rng.normal(0.0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
+    narrow = {name: rng.normal(0.0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
     bank = make_bank("tiny-clip", CLASSES, ("a photo of a {}",))
     trainer, _, _ = new_client(client_config("one", homes[0]), PROFILE)
     updates = [
@@ -399,6 +437,7 @@ def test_a_device_whose_rank_is_too_small_for_the_mean_of_factors_ends_and_says_
     """The other client begins only when this one has ended: the round counts on both, one is the quorum."""
     connect = in_memory()
     watch = Link(connect("watch", None), Observer("flow"))
+    watch.poll(0.0)  # connected: from now on it listens
     idle_end = ClientEnd("flow", "two", random.Random(0))
     idle = Link(connect("idle", None), idle_end)
     idle.do(idle_end.announce(Status(state="online")))

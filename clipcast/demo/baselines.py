@@ -26,18 +26,17 @@ class Evaluator:
 
     encoder: ImageEncoder
     held_out: Dataset
-    bank: TextBank
 
     @classmethod
     def load(cls, bank: TextBank, bits: int, recipe: Recipe, held_out: Path) -> Evaluator:
         """Load model and pictures once."""
         encoder = ImageEncoder(bank.model, bits, "cpu", recipe)
-        return cls(encoder, open_dataset(str(held_out), bank.classes, encoder.preprocessing), bank)
+        return cls(encoder, open_dataset(str(held_out), bank.classes, encoder.preprocessing))
 
-    def accuracy(self, adapter: Adapter) -> float:
-        """Return the held-out accuracy with an adapter, 0 to 1."""
+    def accuracy(self, adapter: Adapter, bank: TextBank) -> float:
+        """Return the held-out accuracy with an adapter and the class bank that goes with it, 0 to 1."""
         load_adapter(self.encoder.model, adapter)
-        return accuracy(self.encoder, self.held_out, self.bank)
+        return accuracy(self.encoder, self.held_out, bank)
 
 
 @dataclass(frozen=True)

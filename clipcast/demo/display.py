@@ -115,7 +115,8 @@ def plot_rounds(report: Row, path: Path) -> None:
     left.axhline(report["zero_shot"], linestyle=":", color="tab:grey", label="zero-shot")
     left.set(xlabel="round", ylabel="held-out accuracy", ylim=(0, 1), title=report["settings"]["partition"])
     left.legend(loc="lower right")
-    right.plot([row["round"] for row in rounds], [row["loss"] for row in rounds], marker="o", color="tab:red")
+    trained = [row for row in rounds if row["loss"] is not None]
+    right.plot([row["round"] for row in trained], [row["loss"] for row in trained], marker="o", color="tab:red")
     right.set(xlabel="round", ylabel="clients' training loss", title=f"{report['settings']['bits']}-bit base")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -14,6 +14,7 @@ from pathlib import Path
 from clipcast.demo.errors import DemoError
 from clipcast.demo.pictures import Layout
 from clipcast.demo.settings import DemoSettings
+from protocol.messages import Recipe
 
 STOP_S = 20.0
 LOG_TAIL = 15
@@ -38,12 +39,14 @@ class Process:
 def write_settings(settings: DemoSettings, layout: Layout, broker: str) -> tuple[Path, list[Path]]:
     """Write the coordinator's and the clients' TOML; return their paths."""
     threads = max(1, (os.cpu_count() or 1) // settings.clients)
-    recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.recipe.model_dump(mode="json").items())
+    training = settings.recipe.model_dump(mode="json", include=set(Recipe.model_fields))
+    recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in training.items())
     coordinator = settings.out / "coordinator.toml"
     coordinator.write_text(
         f'federation = {json.dumps(settings.federation)}\nclasses = {json.dumps(layout.classes)}\nmodel = "tiny-clip"\n'
         f"rounds = {settings.rounds}\nclients_per_round = {settings.clients}\nquorum = {settings.clients}\n"
-        f'seed = {settings.seed}\nstate = "state"\n\n[recipe]\n{recipe}\n\n[broker]\nurl = {json.dumps(broker)}\n'
+        f'seed = {settings.seed}\nstate = "state"\n\n[recipe]\nname = {json.dumps(settings.recipe.name)}\n{recipe}\n'
+        f"personal.closing_steps = {settings.recipe.personal.closing_steps}\n\n[broker]\nurl = {json.dumps(broker)}\n"
     )
     clients = []
     for home in layout.clients:

@@ -30,7 +30,6 @@ from protocol.codec import decode_adapter
 from protocol.events import ClientSeen
 from protocol.files import write_atomic
 from protocol.link import Link
-from protocol.messages import Adapter, TextBank
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
 from protocol.settings import BrokerSettings, SettingsError
@@ -55,20 +54,21 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
     )
     store = Store(settings.out / "state")
     title = f"Federation of {settings.clients} clients, {settings.bits}-bit tiny-clip"
-    with LiveTable(console, title, settings.rounds) as table:
+    with LiveTable(console, title, settings.last_round) as table:
         if settings.broker is None:
             with embedded_broker(settings.out) as url:
-                rounds, evaluator, start = _federate(settings, layout, store, url, table)
+                rounds, evaluator = _federate(settings, layout, store, url, table)
         else:
-            rounds, evaluator, start = _federate(settings, layout, store, settings.broker, table)
+            rounds, evaluator = _federate(settings, layout, store, settings.broker, table)
         table.note("each client alone, the same number of steps")
-        zero_shot = evaluator.accuracy(start)
+        first, start = store.bank(FIRST_BANK), decode_adapter(store.adapter_path(0).read_bytes())
+        zero_shot = evaluator.accuracy(start, first)
         alone = all_alone(
             [
                 Alone(
                     home,
                     layout.held_out,
-                    evaluator.bank,
+                    first,
                     start,
                     settings.recipe,
                     settings.bits,
@@ -79,7 +79,7 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
             ]
         )
         table.note("export to ONNX and answers on the held-out pictures")
-        onnx = _export_and_answer(settings, layout, store, evaluator.bank)
+        onnx = _export_and_answer(settings, layout, store)
         table.note("done")
     report: Report = {
         "zero_shot": zero_shot,
@@ -104,7 +104,7 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
 
 def _federate(
     settings: DemoSettings, layout: Layout, store: Store, url: str, table: LiveTable
-) -> tuple[list[Report], Evaluator, Adapter]:
+) -> tuple[list[Report], Evaluator]:
     """Run coordinator and clients to the end; evaluate each global adapter as it appears."""
     coordinator, clients = write_settings(settings, layout, url)
     commands = [("coordinator", ("coordinator", "run", str(coordinator)))]
@@ -114,25 +114,22 @@ def _federate(
         bus = MqttBus.open(BrokerSettings(url=url), f"{settings.federation}:observer")
         try:
             table.note("loading models")
-            bank, start = _first_state(store, processes, Link(bus, Observer(settings.federation)), table)
-            evaluator = Evaluator.load(bank, settings.bits, settings.recipe, layout.held_out)
+            _await_first_state(store, processes, Link(bus, Observer(settings.federation)), table)
+            evaluator = Evaluator.load(store.bank(FIRST_BANK), settings.bits, settings.recipe, layout.held_out)
             table.note("rounds are running")
-            for record in _records(settings.rounds, store, processes, Link(bus, Observer(settings.federation)), table):
+            for record in _records(settings.last_round, store, processes, Link(bus, Observer(settings.federation)), table):
                 adapter = decode_adapter(store.adapter_path(record.round).read_bytes())
-                rounds.append(_row(record, evaluator.accuracy(adapter)))
+                rounds.append(_row(record, evaluator.accuracy(adapter, store.bank(record.bank_version))))
                 table.round(rounds[-1], settings.clients)
         finally:
             bus.close()
-    return rounds, evaluator, start
+    return rounds, evaluator
 
 
-def _first_state(
-    store: Store, processes: list[Process], link: Link[ClientSeen], table: LiveTable
-) -> tuple[TextBank, Adapter]:
+def _await_first_state(store: Store, processes: list[Process], link: Link[ClientSeen], table: LiveTable) -> None:
     """Wait until the coordinator has saved its class bank and the initial adapter; its failure ends the wait."""
     while not (store.bank_path(FIRST_BANK).exists() and store.adapter_path(0).exists()):
         _watch(processes, link, table)
-    return store.bank(FIRST_BANK), decode_adapter(store.adapter_path(0).read_bytes())
 
 
 def _records(
@@ -169,9 +166,10 @@ def _row(record: RoundRecord, accuracy: float) -> Report:
     }
 
 
-def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store, bank: TextBank) -> Report:
+def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store) -> Report:
     """Export the last global adapter and classify the held-out pictures with onnxruntime."""
-    number = store.records()[-1].round
+    last = store.records()[-1]
+    number, bank = last.round, store.bank(last.bank_version)
     adapter = decode_adapter(store.adapter_path(number).read_bytes())
     files = sorted(file for file in layout.held_out.rglob("*.*") if file.parent.parent == layout.held_out)
     chosen = [_open(file) for file in files[:: max(1, len(files) // PARITY_PICTURES)]]

@@ -197,3 +197,17 @@ def test_more_weights_than_adapters_are_refused(mean):
 def test_a_negative_or_nan_weight_is_refused(weights):
     with pytest.raises(ValueError, match="weight"):
         mean_of_factors([random_factors(4, 2, 0), random_factors(4, 2, 1)], weights)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)], ids=["one", "three"])
+def test_a_product_of_zero_stays_zero_at_any_rank_and_its_a_stays_alive(rank, seeds):
+    # As a client of another rank gets round 0's adapter.
+    untrained = [{n: f * np.float32(n.endswith("A")) for n, f in random_factors(9, 2, seed).items()} for seed in seeds]
+    mean = mean_of_products(untrained, [1.0] * len(seeds), rank)
+    for layer in LAYERS:
+        assert mean[layer + ".lora_A"].shape == (rank, 9)
+        assert not mean[layer + ".lora_B"].any()
+        assert not delta(mean, layer, 1.0).any()
+        assert (np.linalg.norm(mean[layer + ".lora_A"], axis=1) > 0.01).all()
+    assert encode_adapter(mean) == encode_adapter(mean_of_products(untrained, [1.0] * len(seeds), rank))

@@ -43,7 +43,8 @@ def check_report(report: dict, out: Path) -> None:
     assert set(report) >= {"zero_shot", "local_only", "federated", "rounds", "onnx", "settings"}
     assert len(report["local_only"]["clients"]) == 2
     assert report["local_only"]["mean"] == pytest.approx(np.mean(report["local_only"]["clients"]))
-    (only,) = report["rounds"]
+    only, aligning = report["rounds"]
+    assert aligning["loss"] is None
     assert (only["accepted"], only["rejected"]) == (2, 0)
     assert only["bytes_up"] > 140_000
     assert only["bytes_down"] > 140_000

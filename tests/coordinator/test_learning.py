@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,11 +217,39 @@ def test_each_round_that_trains_the_text_side_makes_the_next_version(bank, start
 
 
 def test_the_text_side_learns_on_from_what_is_known(bank, start):
-    learner = Learner(bank, recipe(steps=4), 0)
+    learner = Learner(bank, recipe(text={"steps": 4, "continued": True}), 0)
     first, one = learner.learn(contributions(bank), start)
     _, two = learner.learn(contributions(bank), first)
     assert two.text.before == pytest.approx(one.text.after, rel=0.05)
     assert two.text.after < one.text.after
+
+
+def test_the_text_side_begins_anew_in_every_round_unless_told_otherwise(bank, start):
+    learner = Learner(bank, recipe(steps=4), 0)
+    first, one = learner.learn(contributions(bank), start)
+    second, two = learner.learn(contributions(bank), first)
+    assert (two.text, exact(second.text)) == (one.text, exact(first.text))
+
+
+def test_aligning_moves_the_class_bank_alone(bank, start):
+    learner = Learner(bank, recipe(steps=4), 0)
+    known, lesson = learner.align(contributions(bank), start)
+    assert (known.bank.version, known.text is not None) == (2, True)
+    assert exact(known.adapter) == exact(start.adapter)
+    assert (known.own, lesson.attention, lesson.renewed) == (start.own, None, ())
+    assert lesson.text.after < lesson.text.before
+    assert lesson.class_accuracy
+
+
+def test_closing_moves_the_own_adapters_of_those_who_answered_alone(bank, start):
+    arrived = contributions(bank, clients=("ann", "bob"))
+    before = replace(start, own={"bob": start.adapter, "cid": start.adapter})
+    known, lesson = Learner(bank, recipe(steps=4), 0).close(arrived, before)
+    assert replace(known, own={}) == replace(before, own={})
+    assert exact(known.own["cid"]) == exact(start.adapter)
+    for client in ("ann", "bob"):
+        assert exact(known.own[client]) == exact(stored(arrived[client].update.adapter))
+    assert lesson.renewed == ("ann", "bob")
 
 
 def test_a_client_that_is_absent_keeps_its_own_adapter(bank, start):
@@ -435,38 +464,12 @@ SPARSE = {
 }
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["among-others", "alone"])
-@pytest.mark.parametrize("personal", [{"query": q, "clusters": m} for q in ("R1", "R2", "R3") for m in (0, 1)], ids=str)
-@pytest.mark.parametrize("fields", SPARSE.values(), ids=SPARSE)
-def test_whatever_passes_the_checks_can_be_learned_from(bank, start, fields, personal, alone):
-    update = contribution(Update(**{**upload(bank, "ann").__dict__, **fields})).update
-    how = recipe(text={"steps": 0}, personal=personal)
-    plan = RoundPlan(
-        run="run",
-        start=1,
-        round=1,
-        state="open",
-        classes="c" * 64,
-        adapter=reference(b"adapter"),
-        participants=("ann",),
-        recipe=how.training(2),
-        seed=0,
-        deadline_s=1.0,
-    )
-    expected = Expectation(plan, {"ann": Start("0" * 64, SHAPES)}, 256, len(CLASSES))
-    if not check_update("ann", update, expected).accepted:
-        return
-    arrived = {"ann": Contribution(contributions(bank)["ann"].offer, update)}
-    if not alone:
-        arrived |= contributions(bank, clients=("bob", "cid"))
-    known, lesson = Learner(bank, how, 0).learn(arrived, start)
-    np.testing.assert_allclose(lesson.attention.weights.sum(axis=1), 1.0)
-    assert all(np.isfinite(factor).all() for adapter in known.own.values() for factor in adapter.values())
+PERSONAL = [{"query": "R1"}, {"query": "R2"}, {"query": "R3"}, {"query": "R3", "clusters": 1}]
 
 
-@pytest.mark.parametrize("fields", SPARSE.values(), ids=SPARSE)
-def test_whatever_passes_the_checks_can_train_the_text_side(bank, start, fields):
-    update = contribution(Update(**{**upload(bank, "ann").__dict__, **fields})).update
+def accepted(bank, fields):
+    """What the wire makes of ann's update with these fields; None if the checks refuse it."""
+    update = decode_update(encode_update(Update(**{**upload(bank, "ann").__dict__, **fields})))
     plan = RoundPlan(
         run="run",
         start=1,
@@ -479,9 +482,33 @@ def test_whatever_passes_the_checks_can_train_the_text_side(bank, start, fields)
         seed=0,
         deadline_s=1.0,
     )
-    expected = Expectation(plan, {"ann": Start("0" * 64, SHAPES)}, 256, len(CLASSES))
-    if not check_update("ann", update, expected).accepted:
-        return
-    arrived = {"ann": Contribution(contributions(bank)["ann"].offer, update), **contributions(bank, clients=("bob",))}
-    known, _ = Learner(bank, recipe(personal={"query": "none"}), 0).learn(arrived, start)
-    assert np.isfinite(known.bank.embeddings).all()
+    verdict = check_update("ann", update, Expectation(plan, {"ann": Start("0" * 64, SHAPES)}, 256, len(CLASSES)))
+    return Contribution(contributions(bank)["ann"].offer, update) if verdict.accepted else None
+
+
+def test_an_update_as_clients_send_it_is_accepted(bank):
+    assert accepted(bank, {}) is not None
+    assert accepted(bank, SPARSE["no-features"]) is not None
+
+
+@pytest.mark.parametrize("others", [(), ("bob", "cid")], ids=["alone", "among-others"])
+@pytest.mark.parametrize("fields", SPARSE.values(), ids=SPARSE)
+def test_whatever_passes_the_checks_can_be_personalised(bank, start, fields, others):
+    sparse = accepted(bank, fields)
+    for personal in PERSONAL if sparse else []:
+        arrived = {"ann": sparse, **contributions(bank, clients=others)}
+        known, lesson = Learner(bank, recipe(text={"steps": 0}, personal=personal), 0).learn(arrived, start)
+        if lesson.attention is None:  # nobody sent a prototype
+            assert (known.own, lesson.renewed) == ({}, ())
+            continue
+        np.testing.assert_allclose(lesson.attention.weights.sum(axis=1), 1.0)
+        assert all(np.isfinite(factor).all() for adapter in known.own.values() for factor in adapter.values())
+
+
+@pytest.mark.parametrize("others", [(), ("bob",)], ids=["alone", "among-others"])
+@pytest.mark.parametrize("fields", SPARSE.values(), ids=SPARSE)
+def test_whatever_passes_the_checks_can_train_the_text_side(bank, start, fields, others):
+    if sparse := accepted(bank, fields):
+        arrived = {"ann": sparse, **contributions(bank, clients=others)}
+        known, _ = Learner(bank, recipe(personal={"query": "none"}), 0).learn(arrived, start)
+        assert np.isfinite(known.bank.embeddings).all()

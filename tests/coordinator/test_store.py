@@ -28,7 +28,7 @@ def a_bank(version=FIRST_BANK):
 def lesson_of(*clients, text=True):
     ones = np.ones((len(clients), len(clients))) / max(len(clients), 1)
     attention = Attention(clients, clients, ones, np.zeros(len(clients))) if clients else None
-    return Lesson(TextLoss(2.0, 1.0, 5) if text else None, attention, {"cat": 0.5})
+    return Lesson(TextLoss(2.0, 1.0, 5) if text else None, attention, {"cat": 0.5}, attention.clients if attention else ())
 
 
 def record(number, saved, version=FIRST_BANK, own=(), outcome="aggregated"):

@@ -80,7 +80,8 @@ def test_uploaded_features_are_of_correctly_predicted_samples_at_most_the_cap_of
     request, encoder, features, bank, recipe, start, labelled, cap
 ):
     data = request.getfixturevalue(labelled)
-    update, share = summarise(encoder, data, bank, recipe.model_copy(update={"features_per_class": cap}), 0, start)
+    how = recipe.model_copy(update={"features_per_class": cap, "features_of": "correct"})
+    update, share = summarise(encoder, data, bank, how, 0, start)
     correct = [nearest(row, bank) == label for row, label in zip(features, data.labels, strict=True)]
     assert 0 < sum(correct) < len(correct)
     assert share == pytest.approx(sum(correct) / len(correct))
@@ -91,6 +92,20 @@ def test_uploaded_features_are_of_correctly_predicted_samples_at_most_the_cap_of
         found = {next(i for i, row in enumerate(possible) if np.allclose(row, one, atol=1e-4)) for one in sent}
         assert len(found) == len(sent)
     assert update.features.shape == (len(update.labels), 256)
+
+
+@pytest.mark.parametrize("cap", [1, 3, 1000])
+def test_features_of_all_are_of_any_samples_at_most_the_cap_of_each_class(
+    encoder, dataset, features, bank, recipe, start, cap
+):
+    how = recipe.model_copy(update={"features_per_class": cap, "features_of": "all"})
+    update, _ = summarise(encoder, dataset, bank, how, 0, start)
+    for label in range(3):
+        possible = features[dataset.labels == label]
+        sent = update.features[update.labels == label]
+        assert len(sent) == min(cap, len(possible))
+        found = {next(i for i, row in enumerate(possible) if np.allclose(row, one, atol=1e-4)) for one in sent}
+        assert len(found) == len(sent)
 
 
 def test_which_features_are_drawn_depends_on_the_seed_only(encoder, dataset, bank, recipe, start):
@@ -106,7 +121,9 @@ def test_features_are_those_of_the_start_or_of_the_trained_adapter_for_the_same_
     local_steps(fresh, dataset, bank, recipe.model_copy(update={"local_steps": 5}), seed=3, batch_limit=32)
     learned, after = adapter_state(fresh.model), encode(fresh, dataset)
     sent = {
-        origin: summarise(fresh, dataset, bank, recipe.model_copy(update={"features_from": origin}), 0, start)
+        origin: summarise(
+            fresh, dataset, bank, recipe.model_copy(update={"features_from": origin, "features_of": "correct"}), 0, start
+        )
         for origin in ("start", "trained")
     }
     rows = {"start": features, "trained": after}
