@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+LABEL = 44  # characters of a recipe that a plot has room for
 
 
 def plot_all(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -17,7 +18,7 @@ def plot_all(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     mpl.use("Agg")
     written = [plot_rounds(rows, folder / "rounds.png"), plot_clients(rows, folder / "clients.png")]
-    attending = [row for row in rows if row["seed"] == 0 and row["rounds"][-1]["attention"]]
+    attending = [row for row in rows if row["seed"] == 0 and _attention(row)]
     if attending:
         written.append(plot_attention(attending, folder / "attention.png"))
     return written
@@ -32,7 +33,7 @@ def plot_rounds(rows: Sequence[Row], path: Path) -> Path:
         runs = [row for row in rows if row["recipe"] == recipe]
         shares = 100 * np.array([[r["global_accuracy"] for r in run["rounds"]] for run in runs])
         numbers = [r["round"] for r in runs[0]["rounds"]]
-        (line,) = axes.plot(numbers, shares.mean(axis=0), marker="o", label=recipe)
+        (line,) = axes.plot(numbers, shares.mean(axis=0), marker="o", label=_short(recipe))
         axes.fill_between(numbers, shares.min(axis=0), shares.max(axis=0), alpha=0.15, color=line.get_color())
     axes.set(xlabel="round", ylabel="accuracy of the global model, %", xticks=numbers)
     axes.legend(fontsize="small")
@@ -50,7 +51,7 @@ def plot_clients(rows: Sequence[Row], path: Path) -> Path:
     for number, recipe in enumerate(recipes):
         runs = [row for row in rows if row["recipe"] == recipe]
         shares = 100 * np.array([[client["own"] for client in run["clients"]] for run in runs]).mean(axis=0)
-        axes.bar(np.arange(len(names)) + number * width, shares, width, label=recipe)
+        axes.bar(np.arange(len(names)) + number * width, shares, width, label=_short(recipe))
     axes.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, rotation=45, ha="right", fontsize="small")
     axes.set_ylabel("accuracy on own classes, %")
     axes.legend(fontsize="small")
@@ -58,21 +59,30 @@ def plot_clients(rows: Sequence[Row], path: Path) -> Path:
 
 
 def plot_attention(rows: Sequence[Row], path: Path) -> Path:
-    """Last round's attention of seed 0, one heat map a recipe; the title gives the mean entropy in nats."""
+    """Draw the newest attention of seed 0, one heat map a recipe; the title gives the mean entropy in nats."""
     from matplotlib import pyplot as plt
 
     figure, grid = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 4), layout="constrained", squeeze=False)
     for axes, row in zip(grid[0], rows, strict=True):
-        attention = row["rounds"][-1]["attention"]
+        attention = _attention(row)
         image = axes.imshow(np.array(attention["weights"]), vmin=0, vmax=1, cmap="viridis")
-        axes.set_title(f"{row['recipe']}\nentropy {np.mean(attention['entropy']):.2f}", fontsize="small")
+        axes.set_title(f"{_short(row['recipe'])}\nentropy {np.mean(attention['entropy']):.2f}", fontsize="small")
         axes.set(xlabel="takes from", ylabel="client")
         figure.colorbar(image, ax=axes, shrink=0.8)
     return _save(figure, path)
 
 
+def _attention(row: Row) -> Any:
+    """Return the newest attention of a run, None without any: aligning and closing rounds have none."""
+    return next((r["attention"] for r in reversed(row["rounds"]) if r["attention"]), None)
+
+
 def _recipes(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["recipe"] for row in rows))
+
+
+def _short(recipe: str) -> str:
+    return recipe if len(recipe) <= LABEL else recipe[: LABEL - 3] + "..."
 
 
 def _save(figure: Any, path: Path) -> Path:

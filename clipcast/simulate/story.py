@@ -21,6 +21,7 @@ from clipcast.simulate.plots import plot_all
 from clipcast.simulate.report import HEADS, cells, markdown
 from clipcast.simulate.run import Bench, Row
 from clipcast.simulate.settings import SimulateSettings
+from coordinator.recipe import parse_recipe
 from protocol.files import write_atomic
 
 POLL_S = 0.5
@@ -35,7 +36,7 @@ def simulate(settings: SimulateSettings, *, as_json: bool = False) -> list[Row]:
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("loading", total=len(tasks) * settings.rounds)
+        task = bar.add_task("loading", total=sum(rounds_of(settings, recipe) for recipe, _ in tasks))
         for event in _runs(settings, tasks):
             if isinstance(event, dict):
                 rows.append(event)
@@ -62,6 +63,11 @@ def simulate(settings: SimulateSettings, *, as_json: bool = False) -> list[Row]:
         console.print(f"wrote {path}", soft_wrap=True)
     console.print(f"{time.monotonic() - started:.0f} s")
     return rows
+
+
+def rounds_of(settings: SimulateSettings, recipe: str) -> int:
+    """Return how many rounds a recipe has, its aligning and its closing round included."""
+    return settings.rounds + parse_recipe(recipe).rounds_after
 
 
 def headline(settings: SimulateSettings) -> str:
