@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-method bench-method-quick clean
 
 demo: $(VENV)/.demo  ## run the whole system on this machine, e.g. make demo ARGS="--clients 2 --rounds 3"
 	$(BIN)/clipcast demo $(ARGS)
@@ -21,6 +21,13 @@ check: $(VENV)/.dev  ## what a contributor runs before a commit
 bench: $(VENV)/.dev  ## the figures that README.md quotes
 	$(BIN)/python benchmarks/round_overhead.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/frozen_blocks.py
+
+bench-method: $(VENV)/.dev  ## what each part of the method is worth: every table, an hour and a half on two cores
+	$(BIN)/python benchmarks/method/run.py $(ARGS)
+
+bench-method-quick: $(VENV)/.dev  ## one seed of the first table, a few minutes
+	$(BIN)/python benchmarks/method/run.py --quick $(ARGS)
 
 # Torch first and alone: on a machine with a build of its own for this version, pip takes that one.
 $(VENV)/.torch: constraints.txt
@@ -37,4 +44,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) clipcast-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) clipcast-demo clipcast-simulation dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,11 @@
 """Seconds of a local epoch with and without keeping what the frozen blocks compute, on ViT-B/32's shapes.
 
-    python benchmarks/frozen_blocks.py [--bits 4] [--pictures 64] [--batch 16] [--first-block 9] [--threads 2] [--json]
+    python benchmarks/frozen_blocks.py [--bits 4] [--pictures 64] [--batch 16] [--runs 3] [--threads 2] [--json]
 
 Random weights from the configuration, pictures of random noise, 224 x 224. Of 12 blocks the last 3 are adapted. Three
 epochs start from the same adapter and see the same batches: through the whole tower, with a store that is still empty,
-and with the store that this filled. Their losses must agree.
+and with the store that this filled. Their losses must agree. The three take turns, and the median of `--runs` turns counts;
+seconds of the processor tell how busy the machine was with other work.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
 from clip_lora.towers import load_config, locate
 from edge_client.data import Dataset, Picture
 from edge_client.encoder import ImageEncoder
+from edge_client.frozen import HiddenStore
 from edge_client.losses import alignment_loss, orthogonal_loss
 from protocol.messages import Recipe
 
@@ -61,8 +65,17 @@ def noise(number: int, encoder: ImageEncoder) -> Dataset:
     return Dataset(pictures, rng.integers(0, CLASSES, number).astype(np.int32), encoder.preprocessing)
 
 
-def epoch(encoder: ImageEncoder, encode: Encode, data: Dataset, recipe: Recipe) -> tuple[float, list[float]]:
-    """Train one epoch as local_steps does, from the initial adapter; return its seconds and the loss of each step."""
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch: seconds on the clock, seconds of the processor (all threads), the loss of each step."""
+
+    wall: float
+    cpu: float
+    losses: list[float]
+
+
+def epoch(encoder: ImageEncoder, encode: Encode, data: Dataset, recipe: Recipe) -> Epoch:
+    """Train one epoch as local_steps does, from the initial adapter."""
     load_adapter(encoder.model, initial_adapter(adapter_shapes(load_config(encoder.name), "vision", recipe), 0))
     parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
@@ -70,7 +83,7 @@ def epoch(encoder: ImageEncoder, encode: Encode, data: Dataset, recipe: Recipe) 
     targets, labels = targets.to(encoder.device), torch.from_numpy(data.labels.astype(np.int64)).to(encoder.device)
     order = np.random.default_rng(0).permutation(len(data))
     losses = []
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     for start in range(0, len(data), recipe.batch_size):
         batch = order[start : start + recipe.batch_size].tolist()
         features, y = encode(batch), labels[batch]
@@ -79,17 +92,11 @@ def epoch(encoder: ImageEncoder, encode: Encode, data: Dataset, recipe: Recipe) 
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
-    return time.perf_counter() - started, losses
+    return Epoch(time.perf_counter() - wall, time.process_time() - cpu, losses)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the figures of the three epochs."""
-    save_model(folder, options.blocks)
-    recipe = Recipe(first_block=options.first_block, batch_size=options.batch)
-    encoder = ImageEncoder(str(folder), options.bits, options.device, recipe)
-    data = noise(options.pictures, encoder)
-    for index in range(len(data)):  # what epochs after the first find in memory, in every version
-        data.pixels([index])
+def turns(encoder: ImageEncoder, data: Dataset, recipe: Recipe, runs: int) -> dict[str, list[Epoch]]:
+    """Return the epochs of each kind, `runs` of them."""
 
     def whole(batch: list[int]) -> torch.Tensor:
         return encoder.features(data.pixels(batch))
@@ -97,22 +104,35 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def stored(batch: list[int]) -> torch.Tensor:
         return encoder.encode(data, batch)
 
+    data.pixels(range(len(data)))  # in memory, as epochs after the first find them
     whole([0])  # the first forward pass initialises
-    without, expected = epoch(encoder, whole, data, recipe)
-    filling, first = epoch(encoder, stored, data, recipe)
-    warm, second = epoch(encoder, stored, data, recipe)
+    epochs: dict[str, list[Epoch]] = {"whole tower": [], "filling the store": [], "from the store": []}
+    for _ in range(runs):
+        encoder.store = HiddenStore()
+        for name, encode in zip(epochs, (whole, stored, stored), strict=True):
+            epochs[name].append(epoch(encoder, encode, data, recipe))
+    return epochs
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return the figures."""
+    save_model(folder, options.blocks)
+    recipe = Recipe(first_block=options.first_block, batch_size=options.batch)
+    encoder = ImageEncoder(str(folder), options.bits, options.device, recipe)
+    data = noise(options.pictures, encoder)
+    epochs = turns(encoder, data, recipe, options.runs)
+    wall = {name: statistics.median(one.wall for one in of_kind) for name, of_kind in epochs.items()}
+    cpu = {name: statistics.median(one.cpu for one in of_kind) for name, of_kind in epochs.items()}
+    losses = np.array([one.losses for of_kind in epochs.values() for one in of_kind])
     return {
         "what": f"seconds of an epoch, ViT-B/32 shapes, {options.bits} bits, blocks {options.first_block} to "
         f"{options.blocks - 1} of {options.blocks} adapted",
-        "pictures": len(data),
-        "steps an epoch": len(expected),
-        "whole tower": round(without, 2),
-        "filling the store": round(filling, 2),
-        "from the store": round(warm, 2),
-        "from the store / whole tower": round(warm / without, 3),
-        "largest difference of losses": max(
-            abs(a - b) for run in (first, second) for a, b in zip(expected, run, strict=True)
-        ),
+        "pictures, batch, runs": [len(data), options.batch, options.runs],
+        **{name: round(seconds, 2) for name, seconds in wall.items()},
+        **{f"{name}, processor": round(seconds, 2) for name, seconds in cpu.items()},
+        "from the store / whole tower": round(wall["from the store"] / wall["whole tower"], 3),
+        "the same, processor": round(cpu["from the store"] / cpu["whole tower"], 3),
+        "largest difference of losses": float(np.ptp(losses, axis=0).max()),
         "bytes kept": encoder.store.ram_bytes + encoder.store.file_bytes,
         "machine": f"{platform.machine()}, {options.device}, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}",
@@ -129,6 +149,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--first-block", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,0 +1,148 @@
+"""The evidence for the method: what each part is worth, on real photographs. `make bench-method` runs it all.
+
+Writes results.json (every run) and results.md (the tables) beside this file after each block of runs, so that a long run
+can be read, or stopped, half way; blocks and rows that are not run again stay as they were. `--quick` runs one seed of the
+first block only, and writes quick.json and quick.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clipcast.simulate.report import markdown
+from clipcast.simulate.settings import SimulateSettings, parse_shots
+from clipcast.simulate.story import headline, simulate
+
+HERE = Path(__file__).parent
+DATA = HERE.parents[2] / "shared" / "data" / "cifar10"
+# The image side is adapted in the last two of tiny-clip's six blocks in all recipes alike: with the others' output kept, the
+# whole takes about an hour on two cores instead of four. docs/log.md has what was compared.
+COMMON = "+first_block=-2"
+CLOSING = "+personal.closing_steps=20"
+CLOSING_NONE = "+personal.closing_steps=0"
+LADDER = {
+    "zero-shot": "zero-shot",
+    "local-only": "local",
+    "fedlora": "fedlora",
+    "+ server text training": "fedalign+mu=0+personal.query=none" + CLOSING_NONE,
+    "+ query aggregation": "fedalign+mu=0",
+    "+ L_orth (= fedalign)": "fedalign",
+    "feddtl": "feddtl",
+}
+ENDS = {
+    "R1 (default)": "fedalign",
+    "R2": "fedalign+personal.query=R2",
+    "R3": "fedalign+personal.query=R3",
+    "tau_q = inf": "fedalign+personal.tau_q=inf",
+    "identity": "fedalign+personal.query=identity",
+}
+BITS = {"fedlora": "fedlora", "fedalign": "fedalign"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table: recipes that are compared under the same conditions."""
+
+    title: str
+    recipes: dict[str, str]
+    partition: str
+    shots: str
+    bits: Literal[4, 8, 32] = 4
+
+    @property
+    def specs(self) -> dict[str, str]:
+        """Label -> recipe. Few pictures want few steps a round, or every client learns its own by heart."""
+        if self.shots == "all":
+            training, own, text = "+local_steps=12", CLOSING, "+features_per_class=200+text.steps=100"
+        else:
+            training, own, text = "+local_steps=4", "", ""
+        specs = {}
+        for label, recipe in self.recipes.items():
+            name = recipe.partition("+")[0]
+            # feddtl adapts the last three blocks, by its preset.
+            ending = {"zero-shot": COMMON, "feddtl": training}.get(name, COMMON + training)
+            ending += text if name in ("fedalign", "feddtl") else ""
+            ending += own if name in ("fedalign", "local") and CLOSING_NONE not in recipe else ""
+            specs[label] = recipe + ending
+        return specs
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds, closing round aside."""
+        return 2 if self.shots == "all" else 3
+
+
+BLOCKS = (
+    Block("Disjoint classes, 16 pictures a class", LADDER, "disjoint", "16"),
+    Block("Disjoint classes, all pictures", LADDER, "disjoint", "all"),
+    Block("32-bit base, disjoint classes, 16 pictures a class", BITS, "disjoint", "16", 32),
+    Block("8-bit base, disjoint classes, 16 pictures a class", BITS, "disjoint", "16", 8),
+    Block("Readings of the query, disjoint classes, 16 pictures a class", ENDS, "disjoint", "16"),
+    Block("Dirichlet(0.1), 16 pictures a class", LADDER, "dirichlet:0.1", "16"),
+    Block("Dirichlet(0.1), all pictures", LADDER, "dirichlet:0.1", "all"),
+    Block("IID, 16 pictures a class", LADDER, "iid", "16"),
+    Block("IID, all pictures", LADDER, "iid", "all"),
+    Block("Readings of the query, Dirichlet(0.1), 16 pictures a class", ENDS, "dirichlet:0.1", "16"),
+)
+
+
+def main() -> None:
+    """Run the blocks and write what they say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed of the first block")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with train/ and test/, one sub-folder a class")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--test-pictures", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--blocks", help="numbers of the blocks to run, from 0, separated by commas; default: all")
+    parser.add_argument("--rows", help="labels of the rows to run, separated by commas; default: all")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    wanted = range(len(BLOCKS)) if options.blocks is None else [int(number) for number in options.blocks.split(",")]
+    path = options.out / ("quick.json" if options.quick else "results.json")
+    results = {} if options.quick or not path.exists() else json.loads(path.read_text())
+    for block in [BLOCKS[0]] if options.quick else [BLOCKS[number] for number in wanted]:
+        results[block.title] = measure(block, options, results.get(block.title, {}).get("runs", []))
+        results = {block.title: results[block.title] for block in BLOCKS if block.title in results}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        tables = [f"## {title}\n\n{found['about']}\n\n{found['table']}" for title, found in results.items()]
+        path.with_suffix(".md").write_text("# What each part of the method is worth\n\n" + "\n".join(tables))
+
+
+def measure(block: Block, options: argparse.Namespace, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run a block: what was run where, the table, and every run without its rounds."""
+    chosen = options.rows.split(",") if options.rows else list(block.specs)
+    specs = {label: block.specs[label] for label in chosen}
+    settings = SimulateSettings(
+        data=str(options.data),
+        model="tiny-clip",
+        bits=block.bits,
+        recipes=tuple(specs.values()),
+        seeds=1 if options.quick else options.seeds,
+        clients=10,
+        partition=block.partition,
+        shots=parse_shots(block.shots),
+        rounds=block.rounds,
+        out=options.out / "last",
+        jobs=options.jobs,
+        test_pictures=options.test_pictures,
+    ).check()
+    label = {spec: name for name, spec in specs.items()}
+    rows = [{"label": label[row["recipe"]], **row} for row in simulate(settings)]
+    rows += [row for row in earlier if row["label"] not in chosen]
+    rows.sort(key=lambda row: list(block.specs).index(row["label"]))
+    about = headline(settings).removeprefix(str(options.data)).removeprefix(": ")
+    return {
+        "about": f"{options.data.name}: {about}",
+        "table": markdown([{**row, "recipe": row["label"]} for row in rows]),
+        "runs": [{key: value for key, value in row.items() if key != "rounds"} for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    main()
