@@ -45,8 +45,7 @@ class ImageEncoder:
 
     def features(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         """Uint8 pictures (N, H, W, 3) -> unit features (N, D), float32, through the whole tower."""
-        embeds = self.model(pixel_values=self._normalised(pixels)).image_embeds.float()
-        return torch.nn.functional.normalize(embeds, dim=-1)
+        return self.head(self.hidden(pixels))
 
     @torch.no_grad()
     def hidden(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
@@ -60,9 +59,10 @@ class ImageEncoder:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return unit features (N, D), float32, of what enters block `first_block`, (N, tokens, width); with gradients."""
         vision = self._tower.vision_model
-        for block in vision.encoder.layers[self.first_block :]:
+        *blocks, last = vision.encoder.layers[self.first_block :]
+        for block in blocks:
             hidden = block(hidden, None)
-        embeds = self._tower.visual_projection(vision.post_layernorm(hidden[:, 0, :])).float()
+        embeds = self._tower.visual_projection(vision.post_layernorm(_class_token(last, hidden))).float()
         return torch.nn.functional.normalize(embeds, dim=-1)
 
     @property
@@ -83,3 +83,19 @@ class ImageEncoder:
         """(N, H, W, 3) -> (N, 3, H, W) in the base's dtype: half precision on a GPU, where the factors stay float32."""
         batch = self.preprocessing.normalise(torch.from_numpy(pixels).to(self.device))
         return batch.to(self.model.dtype)
+
+
+def _class_token(last: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the class token (N, width) behind the last block, given what enters that, (N, tokens, width).
+
+    It alone is pooled: of the other tokens only keys and values count. Their query, output and MLP, most of a block's work,
+    would be thrown away.
+    """
+    attention, normed = last.self_attn, last.layer_norm1(hidden)
+    of_heads = (len(hidden), -1, attention.num_heads, attention.head_dim)
+    projected = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
+    query, key, value = (states.view(of_heads).transpose(1, 2) for states in projected)
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    token = hidden[:, :1] + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    result: torch.Tensor = (token + last.mlp(last.layer_norm2(token)))[:, 0]
+    return result

@@ -90,6 +90,12 @@ def other_weights(tmp_path_factory):
     return str(folder)
 
 
+def by_transformers(encoder, data, indices):
+    """Features by the tower's own forward pass, all tokens through all blocks."""
+    embeds = encoder.model(pixel_values=encoder._normalised(data.pixels(indices))).image_embeds.float()
+    return torch.nn.functional.normalize(embeds, dim=-1)
+
+
 # --- the encoder ---------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +110,24 @@ def test_features_by_way_of_the_store_are_those_of_the_whole_tower(pictures, bit
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert found.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("first_block", [0, FIRST, 5])
+def test_features_and_gradients_are_those_of_the_towers_own_forward_pass(pictures, bits, first_block):
+    encoder, indices = make(bits, first_block), [0, 9, 17]
+    parameters = {n: p for n, p in encoder.model.named_parameters() if p.requires_grad}
+    weights = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    found, gradients = [], []
+    for features in (by_transformers(encoder, pictures, indices), encoder.features(pictures.pixels(indices))):
+        encoder.model.zero_grad(set_to_none=True)
+        (features * weights).sum().backward()
+        found.append(features.detach())
+        gradients.append({name: p.grad.clone() for name, p in parameters.items()})
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+    for name in parameters:
+        assert gradients[0][name].abs().max() > 0
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-4, rtol=1e-3)
 
 
 def test_hidden_and_head_are_the_two_halves_of_the_tower(pictures):
