@@ -1,10 +1,12 @@
-"""Who gets which pictures: IID, Dirichlet over classes, or disjoint classes (docs/method.md, "Partitions").
+"""Who gets which pictures: IID, Dirichlet over classes, disjoint classes, or a domain each (docs/method.md, "Simulation").
 
-Disjoint: the classes are cut into groups of at least two, no class in two groups; clients that outnumber them share a group.
+Disjoint: the classes are cut into groups of at least two, no class in two groups. Clients that outnumber the groups, or the
+domains, share one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,12 +19,14 @@ MAX_DRAWS = 10_000
 Indices = NDArray[np.int64]
 
 
-def parse_partition(text: str) -> tuple[Literal["iid", "dirichlet", "disjoint"], float]:
-    """Read `iid`, `disjoint` or `dirichlet:ALPHA`; raises SettingsError."""
+def parse_partition(text: str) -> tuple[Literal["iid", "dirichlet", "disjoint", "domains"], float]:
+    """Read `iid`, `disjoint`, `domains` or `dirichlet:ALPHA`; raises SettingsError."""
     if text == "iid":
         return "iid", 0.0
     if text == "disjoint":
         return "disjoint", 0.0
+    if text == "domains":
+        return "domains", 0.0
     kind, _, alpha = text.partition(":")
     try:
         value = float(alpha)
@@ -30,13 +34,15 @@ def parse_partition(text: str) -> tuple[Literal["iid", "dirichlet", "disjoint"],
         value = 0.0
     if kind == "dirichlet" and 0.0 < value < float("inf"):
         return "dirichlet", value
-    raise SettingsError(f"partition {text!r}: write iid, disjoint or dirichlet:ALPHA with ALPHA above 0, e.g. dirichlet:0.3")
+    raise SettingsError(
+        f"partition {text!r}: write iid, disjoint, domains or dirichlet:ALPHA with ALPHA above 0, e.g. dirichlet:0.3"
+    )
 
 
-def split(labels: NDArray[np.int32], clients: int, partition: str, seed: int) -> list[Indices]:
+def split(labels: NDArray[np.int32], clients: int, partition: str, seed: int, domains: Sequence[str] = ()) -> list[Indices]:
     """Return each client's sorted indices into `labels`; together they cover all, none twice. Raises SettingsError.
 
-    A Dirichlet draw is repeated until every client has at least 10 samples.
+    A Dirichlet draw is repeated until every client has at least 10 samples. `domains` names each sample's, for `domains`.
     """
     kind, alpha = parse_partition(partition)
     rng = np.random.default_rng(seed)
@@ -45,7 +51,9 @@ def split(labels: NDArray[np.int32], clients: int, partition: str, seed: int) ->
     if kind == "iid":
         return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients)]
     if kind == "disjoint":
-        return _disjoint(labels, clients, rng)
+        return _deal(_class_groups(labels, clients, rng), clients, rng)
+    if kind == "domains":
+        return _deal(_domain_groups(domains, clients), clients, rng)
     for _ in range(MAX_DRAWS):
         parts = _dirichlet(labels, clients, alpha, rng)
         if min(map(len, parts)) >= MIN_SAMPLES:
@@ -63,17 +71,34 @@ def _dirichlet(labels: NDArray[np.int32], clients: int, alpha: float, rng: np.ra
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
-def _disjoint(labels: NDArray[np.int32], clients: int, rng: np.random.Generator) -> list[Indices]:
-    """Share out groups of at least two classes; a group's pictures are dealt out among its clients."""
+def _class_groups(labels: NDArray[np.int32], clients: int, rng: np.random.Generator) -> list[Indices]:
+    """Return the samples of groups of at least two classes."""
     classes = rng.permutation(np.unique(labels))
-    groups = [
-        np.flatnonzero(np.isin(labels, owned)) for owned in np.array_split(classes, max(1, min(clients, len(classes) // 2)))
-    ]
+    groups = np.array_split(classes, max(1, min(clients, len(classes) // 2)))
+    return [np.flatnonzero(np.isin(labels, owned)) for owned in groups]
+
+
+def _domain_groups(domains: Sequence[str], clients: int) -> list[Indices]:
+    """Return the samples of each domain."""
+    names = sorted(set(domains))
+    if len(names) < 2 or not names[0]:
+        raise SettingsError(
+            "partition domains: the pictures name no domains; put them into CLASS/DOMAIN/, two or more domains"
+        )
+    if clients < len(names):
+        raise SettingsError(
+            f"partition domains: {len(names)} domains for {clients} clients: take at least {len(names)} clients"
+        )
+    return [np.flatnonzero(np.array(domains) == name) for name in names]
+
+
+def _deal(groups: Sequence[Indices], clients: int, rng: np.random.Generator) -> list[Indices]:
+    """Give each client a group; a group's samples are dealt out among its clients."""
     parts: list[Indices] = [np.zeros(0, np.int64)] * clients
     for number, group in enumerate(groups):
         members = range(number, clients, len(groups))
         for client, part in zip(members, np.array_split(rng.permutation(group), len(members)), strict=True):
             parts[client] = np.sort(part)
     if min(map(len, parts)) < MIN_SAMPLES:
-        raise SettingsError(f"a client's classes hold fewer than {MIN_SAMPLES} pictures: take fewer clients")
+        raise SettingsError(f"a client would hold fewer than {MIN_SAMPLES} pictures: take fewer clients")
     return parts

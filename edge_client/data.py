@@ -27,12 +27,14 @@ class Picture:
     """One picture: where it is from, its class, and how to decode it.
 
     `version` tells a file from another of the same name: its modification time in ns and its size, when it was found.
+    `domain` is the sub-folder of the class folder that it lies in, empty if in none.
     """
 
     name: str
     label: str
     load: Callable[[], Image.Image]
     version: tuple[int, ...] = ()
+    domain: str = ""
 
     @property
     def key(self) -> Hashable:
@@ -106,7 +108,11 @@ def find_pictures(source: str) -> list[Picture]:
     ]
     if not files:
         raise DataError(f"{folder} holds no pictures: put them in one sub-folder per class, e.g. {folder / 'cat' / '1.jpg'}")
-    return [Picture(str(file), file.relative_to(folder).parts[0], _opener(file), _version(file)) for file in files]
+    places = [file.relative_to(folder).parts for file in files]
+    return [
+        Picture(str(file), place[0], _opener(file), _version(file), place[1] if len(place) > 2 else "")
+        for file, place in zip(files, places, strict=True)
+    ]
 
 
 def readable_pictures(found: Sequence[Picture], source: str) -> list[Picture]:

@@ -17,7 +17,7 @@ def demo(
         str, typer.Option(help="digits, or a folder of pictures (with train/ and test/, or classes).")
     ] = "digits",
     partition: Annotated[
-        str, typer.Option(help="iid, dirichlet:ALPHA or disjoint: who gets which pictures.")
+        str, typer.Option(help="iid, dirichlet:ALPHA, disjoint or domains: who gets which pictures.")
     ] = "dirichlet:0.3",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path("clipcast-demo"),

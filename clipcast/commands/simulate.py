@@ -21,7 +21,10 @@ def simulate(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, on seeds 0, 1, ...")] = 3,
     clients: Annotated[int, typer.Option(min=1, help="Number of virtual clients.")] = 10,
     partition: Annotated[
-        str, typer.Option(help="iid, dirichlet:ALPHA or disjoint: who gets which pictures.")
+        str,
+        typer.Option(
+            help="iid, dirichlet:ALPHA, disjoint (classes) or domains (CLASS/DOMAIN/ folders): who gets which pictures."
+        ),
     ] = "dirichlet:0.1",
     shots: Annotated[str, typer.Option(help="Pictures a class over all clients, or all.")] = "all",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 5,

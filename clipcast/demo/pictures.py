@@ -46,7 +46,8 @@ def lay_out(settings: DemoSettings) -> Layout:
     known = {picture.label for picture in train}
     classes = tuple(name for name in DIGIT_NAMES if name in known) if settings.data == "digits" else tuple(sorted(known))
     held_out = _balanced([picture for picture in test if picture.label in known], rng)
-    parts = split(_labels(train, classes), settings.clients, settings.partition, settings.seed)
+    domains = [picture.domain for picture in train]
+    parts = split(_labels(train, classes), settings.clients, settings.partition, settings.seed, domains)
     pictures = settings.out / "pictures"
     homes = tuple(pictures / f"client-{number + 1}" for number in range(settings.clients))
     for home, part in zip(homes, parts, strict=True):

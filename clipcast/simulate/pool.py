@@ -64,7 +64,7 @@ class Pool:
             rng = np.random.default_rng([seed, shots])
             parts = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in range(len(self.classes))]
             chosen = np.sort(np.concatenate(parts))
-        parts = split(labels[chosen], clients, partition, seed)
+        parts = split(labels[chosen], clients, partition, seed, [self.train[i].domain for i in chosen])
         return [[self.train[i] for i in chosen[part]] for part in parts]
 
     def opener(self, pictures: Sequence[Picture]) -> partial[Dataset]:

@@ -135,7 +135,7 @@ def test_what_cannot_be_asked_for_is_named_with_what_can(text):
     with pytest.raises(SettingsError) as caught:
         split(labels_of(), 2, text, 0)
     assert repr(text) in str(caught.value)
-    assert "iid, disjoint or dirichlet:ALPHA" in str(caught.value)
+    assert "iid, disjoint, domains or dirichlet:ALPHA" in str(caught.value)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -172,3 +172,30 @@ def test_a_disjoint_client_with_fewer_than_ten_pictures_is_refused():
         else:
             assert min(map(len, parts)) >= MIN_SAMPLES
     assert 0 < refused < 20
+
+
+@settings(deadline=None, max_examples=30)
+@given(clients=st.integers(3, 9), seed=st.integers(0, 1000))
+def test_every_client_has_one_domain_and_clients_that_outnumber_the_domains_share_them(clients, seed):
+    domains = np.random.default_rng(seed).choice(["photo", "sketch", "clipart"], 600).tolist()
+    parts = split(labels_of(600, seed=seed), clients, "domains", seed, domains)
+    assert sorted(int(index) for part in parts for index in part) == list(range(600))
+    owned = [{domains[index] for index in part} for part in parts]
+    assert {len(names) for names in owned} == {1}
+    sharing = [owned.count({name}) for name in ("photo", "sketch", "clipart")]
+    assert max(sharing) - min(sharing) <= 1
+
+
+@pytest.mark.parametrize(
+    ("domains", "clients", "message"),
+    [
+        ([""] * 400, 2, "CLASS/DOMAIN/"),
+        (["photo"] * 400, 2, "two or more domains"),
+        (["photo"] * 399 + [""], 2, "CLASS/DOMAIN/"),
+        (["a", "b", "c", "d"] * 100, 3, "4 domains for 3 clients: take at least 4 clients"),
+        (["a"] * 391 + ["b"] * 9, 2, "fewer than 10 pictures"),
+    ],
+)
+def test_domains_that_cannot_be_shared_out_are_refused_with_the_cure(domains, clients, message):
+    with pytest.raises(SettingsError, match=message):
+        split(labels_of(), clients, "domains", 0, domains)

@@ -182,3 +182,11 @@ def test_as_many_pictures_are_kept_in_memory_as_the_budget_holds(folder, preproc
     second = data.pixels(range(5))
     assert len(loads) == 5 + (5 - kept)
     assert np.array_equal(first, second)
+
+
+def test_a_pictures_domain_is_the_folder_in_its_class_folder(tmp_path):
+    for place in ("cat/photo/1.png", "cat/sketch/old/2.png", "dog/3.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place)
+    found = find_pictures(str(tmp_path))
+    assert [(picture.label, picture.domain) for picture in found] == [("cat", "photo"), ("cat", "sketch"), ("dog", "")]
