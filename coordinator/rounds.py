@@ -252,14 +252,8 @@ class Federation:
             adapter=saved[0],
             adapter_sha256=saved[1],
             bank_version=known.bank.version,
-            text=text and TextRecord(loss_before=text.before, loss_after=text.after, samples=text.samples),
+            text=text and TextRecord.of(text),
             own=list(lesson.renewed),
-            attention=attention
-            and AttentionRecord(
-                clients=list(attention.clients),
-                sources=list(attention.sources),
-                weights=attention.weights.tolist(),
-                entropy=attention.entropy.tolist(),
-            ),
+            attention=attention and AttentionRecord.of(attention),
             class_accuracy=lesson.class_accuracy,
         )

@@ -20,6 +20,8 @@ from clip_lora.errors import ModelError
 from clip_lora.lora import Shapes, check_shapes
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
+from coordinator.personal import Attention
+from coordinator.text_side import TextLoss
 from protocol.codec import decode_adapter, decode_bank, encode_adapter, encode_bank, sha256
 from protocol.errors import WireError
 from protocol.files import write_atomic
@@ -47,6 +49,11 @@ class TextRecord(BaseModel):
     loss_after: float
     samples: int
 
+    @classmethod
+    def of(cls, loss: TextLoss) -> TextRecord:
+        """Return how a training went."""
+        return cls(loss_before=loss.before, loss_after=loss.after, samples=loss.samples)
+
 
 class AttentionRecord(BaseModel):
     """Who listened to whom: weights by client (rows) and source, and each row's entropy in nats."""
@@ -56,6 +63,16 @@ class AttentionRecord(BaseModel):
     sources: list[str]
     weights: list[list[float]]
     entropy: list[float]
+
+    @classmethod
+    def of(cls, attention: Attention) -> AttentionRecord:
+        """Return an attention as lists."""
+        return cls(
+            clients=list(attention.clients),
+            sources=list(attention.sources),
+            weights=attention.weights.tolist(),
+            entropy=attention.entropy.tolist(),
+        )
 
 
 class RoundRecord(BaseModel):

@@ -312,15 +312,9 @@ def keep(store, number, known, lesson, accepted):
             adapter=name,
             adapter_sha256=digest,
             bank_version=known.bank.version,
-            text=text and TextRecord(loss_before=text.before, loss_after=text.after, samples=text.samples),
+            text=text and TextRecord.of(text),
             own=list(lesson.renewed),
-            attention=attention
-            and AttentionRecord(
-                clients=list(attention.clients),
-                sources=list(attention.sources),
-                weights=attention.weights.tolist(),
-                entropy=attention.entropy.tolist(),
-            ),
+            attention=attention and AttentionRecord.of(attention),
             class_accuracy=lesson.class_accuracy,
         )
     )
