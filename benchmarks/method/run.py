@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clipcast.simulate.report import markdown
+from clipcast.simulate.report import markdown, spread
 from clipcast.simulate.settings import SimulateSettings, parse_shots
 from clipcast.simulate.story import headline, simulate
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed of the first block")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with train/ and test/, one sub-folder a class")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--test-pictures", type=int, default=1000)
+    parser.add_argument("--test-pictures", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--blocks", help="numbers of the blocks to run, from 0, separated by commas; default: all")
     parser.add_argument("--rows", help="labels of the rows to run, separated by commas; default: all")
@@ -110,8 +110,25 @@ def main() -> None:
         results[block.title] = measure(block, options, results.get(block.title, {}).get("runs", []))
         results = {block.title: results[block.title] for block in BLOCKS if block.title in results}
         path.write_text(json.dumps(results, indent=1) + "\n")
-        tables = [f"## {title}\n\n{found['about']}\n\n{found['table']}" for title, found in results.items()]
-        path.with_suffix(".md").write_text("# What each part of the method is worth\n\n" + "\n".join(tables))
+        path.with_suffix(".md").write_text(page(results))
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return the summary and all tables as Markdown."""
+    parts = ["# What each part of the method is worth\n"]
+    ladders = [block for block in BLOCKS if block.recipes is LADDER and block.title in results]
+    for key, what in (
+        ("global_accuracy", "The global model, all classes"),
+        ("personal_accuracy", "Own models, own classes"),
+    ):
+        heads = [what, *(f"{block.partition}, {block.shots}" for block in ladders)]
+        lines = [heads, ["---"] * len(heads)]
+        for label in LADDER:
+            runs = [[run for run in results[block.title]["runs"] if run["label"] == label] for block in ladders]
+            lines.append([label, *(spread([100 * run[key] for run in of_block]) if of_block else "" for of_block in runs)])
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    parts += [f"## {title}\n\n{found['about']}\n\n{found['table']}" for title, found in results.items()]
+    return "\n".join(parts)
 
 
 def measure(block: Block, options: argparse.Namespace, earlier: list[dict[str, Any]]) -> dict[str, Any]:

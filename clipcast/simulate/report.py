@@ -32,10 +32,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _line(recipe: str, rows: Sequence[Row]) -> tuple[str, ...]:
-    shares = [_spread([100 * row[key] for row in rows]) for key in SHARES]
+    shares = [spread([100 * row[key] for row in rows]) for key in SHARES]
     traffic = [f"{mean(row[key] for row in rows) / 1000:.0f}" for key in ("bytes_up", "bytes_down")]
     return (recipe, *shares, *traffic, f"{mean(row['seconds'] for row in rows):.1f}")
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation, the latter if there is more than one value."""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
