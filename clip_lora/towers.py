@@ -55,6 +55,17 @@ def locate(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: how a sum is shared out among threads shows in its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def default_device() -> str:
     """Return "cuda" if torch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from clip_lora.towers import default_device, load_text_tower, model_facts
+from clip_lora.towers import default_device, load_text_tower, model_facts, one_thread
 from protocol.messages import FloatArray, TextBank
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: how a sum is shared out among threads shows in its last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def mean_embedding(embeds: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clip_lora.lora import adapter_shapes, adapter_state, attach, initial_adapter, load_adapter
-from clip_lora.towers import default_device, load_config, load_text_tower
+from clip_lora.towers import default_device, load_config, load_text_tower, one_thread
 from coordinator.aggregate import Contribution
 from coordinator.recipe import TextTraining
-from coordinator.text_bank import mean_embedding, one_thread
+from coordinator.text_bank import mean_embedding
 from protocol.messages import Adapter, FloatArray, IntArray, TextBank
 
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from clip_lora.algebra import mean_of_factors, mean_of_products, rank_of
 from clip_lora.lora import adapter_shapes
 from clip_lora.towers import load_config as load_model_config
+from clip_lora.towers import one_thread
 from coordinator.config import CoordinatorConfig
 from coordinator.config import load as load_config
 from coordinator.personal import at_rank
@@ -93,16 +93,14 @@ def state_of(store: Store) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def one_thread() -> Iterator[None]:
+def alone_on_one_thread() -> Iterator[None]:
     """As in processes of their own: here coordinator and clients share torch's number of threads, and each sets it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
-def homes(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> list[Path]:
+def homes(tmp_path_factory: pytest.TempPathFactory, alone_on_one_thread: None) -> list[Path]:
     """Two clients' folders: real digits, the first client without "three", the second without "zero"."""
     folder = tmp_path_factory.mktemp("pictures")
     digits = [picture for picture in find_pictures("digits") if picture.label in CLASSES]

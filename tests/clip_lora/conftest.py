@@ -13,7 +13,7 @@ from transformers import CLIPConfig
 
 from clip_lora.algebra import Adapter
 from clip_lora.lora import Shapes
-from clip_lora.towers import load_config, locate
+from clip_lora.towers import load_config, locate, one_thread
 
 RandomAdapter = Callable[..., Adapter]
 
@@ -21,10 +21,8 @@ RandomAdapter = Callable[..., Adapter]
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny-clip gains nothing from a second thread, and waits for it long when other work has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from clip_lora.towers import one_thread
 from clipcast.simulate.evaluate import own_accuracy
 from clipcast.simulate.pool import Pool
 from clipcast.simulate.report import cells, markdown
@@ -28,11 +28,9 @@ MakeSettings = Callable[..., SimulateSettings]
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from clip_lora.algebra import delta, layers
 from clip_lora.lora import initial_adapter
+from clip_lora.towers import one_thread
 from coordinator.aggregate import Contribution, aggregate
 from coordinator.checks import Expectation, Start, check_update
 from coordinator.errors import FederationError
@@ -32,10 +32,8 @@ HELD = {"ann": {0: 12, 1: 5}, "bob": {1: 30, 2: 4}, "cid": {2: 9}}
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clip_lora.errors import ModelError
+from clip_lora.towers import one_thread
 from coordinator.aggregate import Contribution
 from coordinator.recipe import TextTraining
 from coordinator.text_bank import make_bank
@@ -24,10 +25,8 @@ LEARNING = TextTraining(steps=8, learning_rate=3e-3)
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

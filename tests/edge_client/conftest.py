@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
-from clip_lora.towers import load_config
+from clip_lora.towers import load_config, one_thread
 from coordinator.text_bank import make_bank
 from edge_client.config import Placement
 from edge_client.data import Dataset, find_pictures, open_dataset
@@ -30,10 +29,8 @@ MakeTrainer = Callable[..., Trainer]
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny-clip gains nothing from a second thread, and waits for it long when other work has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
