@@ -20,16 +20,14 @@ from clipcast.simulate.story import headline, simulate
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared" / "data" / "cifar10"
-# The image side is adapted in the last two of tiny-clip's six blocks in all recipes alike: with the others' output kept, the
-# whole takes about an hour on two cores instead of four. docs/log.md has what was compared.
+# The image side is adapted in the last two of tiny-clip's six blocks in all recipes but feddtl: the others' output is kept.
 COMMON = "+first_block=-2"
 CLOSING = "+personal.closing_steps=20"
-CLOSING_NONE = "+personal.closing_steps=0"
 LADDER = {
     "zero-shot": "zero-shot",
     "local-only": "local",
     "fedlora": "fedlora",
-    "+ server text training": "fedalign+mu=0+personal.query=none" + CLOSING_NONE,
+    "+ server text training": "fedalign+mu=0+personal.query=none+personal.closing_steps=0",
     "+ query aggregation": "fedalign+mu=0",
     "+ L_orth (= fedalign)": "fedalign",
     "feddtl": "feddtl",
@@ -61,14 +59,17 @@ class Block:
             training, own, text = "+local_steps=12", CLOSING, "+features_per_class=200+text.steps=100"
         else:
             training, own, text = "+local_steps=4", "", ""
+        settings = {
+            "zero-shot": COMMON,
+            "local": COMMON + training + own,
+            "fedlora": COMMON + training,
+            "fedalign": COMMON + training + text + own,
+            "feddtl": training + text,  # adapts the last three blocks, by its preset
+        }
         specs = {}
         for label, recipe in self.recipes.items():
-            name = recipe.partition("+")[0]
-            # feddtl adapts the last three blocks, by its preset.
-            ending = {"zero-shot": COMMON, "feddtl": training}.get(name, COMMON + training)
-            ending += text if name in ("fedalign", "feddtl") else ""
-            ending += own if name in ("fedalign", "local") and CLOSING_NONE not in recipe else ""
-            specs[label] = recipe + ending
+            name, plus, overrides = recipe.partition("+")
+            specs[label] = name + settings[name] + plus + overrides  # what comes last wins
         return specs
 
     @property
