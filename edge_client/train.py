@@ -171,7 +171,7 @@ def summarise(
     chosen = [order[(data.labels[order] == c) & wanted[order]][: recipe.features_per_class] for c in present]
     picked = np.concatenate(chosen)
     sent = features[picked]
-    if recipe.features_from == "start" and len(picked):
+    if recipe.features_from == "start" and recipe.local_steps and len(picked):  # without steps the two are one
         load_adapter(encoder.model, start)
         sent = encode(encoder, data, picked.tolist())
         load_adapter(encoder.model, adapter)

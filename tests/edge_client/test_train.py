@@ -174,6 +174,15 @@ class Recording(Dataset):
         return super().pixels(indices)
 
 
+@pytest.mark.parametrize("taken", [0, 1])
+def test_pictures_are_encoded_again_from_the_start_only_if_there_were_steps(encoder, dataset, bank, recipe, start, taken):
+    data = Recording(dataset.pictures, dataset.labels, dataset.preprocessing)
+    summarise(encoder, data, bank, recipe.model_copy(update={"local_steps": taken, "features_from": "start"}), 0, start)
+    asked = [index for batch in data.asked for index in batch]
+    assert sorted(set(asked)) == list(range(24))
+    assert (len(asked) > 24) == (taken > 0)
+
+
 @pytest.mark.parametrize(("wanted", "limit", "sizes"), [(10, 32, [10, 10, 4, 10]), (16, 9, [9, 9, 6, 9])])
 def test_an_epoch_sees_every_picture_once_in_batches_below_recipe_and_device_limit(
     fresh, dataset, bank, recipe, wanted, limit, sizes
