@@ -23,7 +23,7 @@ bench: $(VENV)/.dev  ## the figures that README.md quotes
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/frozen_blocks.py
 
-bench-method: $(VENV)/.dev  ## what each part of the method is worth: every table, more than an hour on two cores
+bench-method: $(VENV)/.dev  ## what each part of the method is worth: every table, about an hour on two cores
 	$(BIN)/python benchmarks/method/run.py $(ARGS)
 
 bench-method-quick: $(VENV)/.dev  ## one seed of the first table, a few minutes
