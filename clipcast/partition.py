@@ -100,5 +100,5 @@ def _deal(groups: Sequence[Indices], clients: int, rng: np.random.Generator) -> 
         for client, part in zip(members, np.array_split(rng.permutation(group), len(members)), strict=True):
             parts[client] = np.sort(part)
     if min(map(len, parts)) < MIN_SAMPLES:
-        raise SettingsError(f"a client would hold fewer than {MIN_SAMPLES} pictures: take fewer clients")
+        raise SettingsError(f"a client would hold fewer than {MIN_SAMPLES} pictures: take fewer clients, or more pictures")
     return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,9 @@ def simulate(
         split=split,  # type: ignore[arg-type]
         test_pictures=test_pictures,
     ).check()
+    for actor in ("coordinator", "edge_client"):  # hundreds of lines through the progress bar; --verbose has them
+        if not logging.getLogger(actor).isEnabledFor(logging.DEBUG):
+            logging.getLogger(actor).setLevel(logging.WARNING)
     # After the check: a typo should not cost the loading of torch.
     from clipcast.simulate.story import simulate as run
 

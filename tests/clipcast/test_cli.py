@@ -238,3 +238,14 @@ class Watch:
 
     def close(self) -> None:
         self._bus.close()
+
+
+def test_a_simulation_writes_what_it_says_and_keeps_its_clients_quiet(tmp_path: Path) -> None:
+    small = ("--clients", "2", "--rounds", "1", "--shots", "10", "--seeds", "1", "--test-pictures", "20")
+    done = clipcast("simulate", "--recipes", "fedlora+local_steps=1,zero-shot", *small, "--out", "runs", cwd=tmp_path)
+    rows = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert [row["recipe"] for row in rows] == ["fedlora+local_steps=1", "zero-shot"]
+    for name in ("results.json", "results.md", "rounds.png", "clients.png"):
+        assert f"wrote runs/{name}" in done.stderr
+        assert (tmp_path / "runs" / name).stat().st_size > 0
+    assert "uploading" not in done.stdout + done.stderr
