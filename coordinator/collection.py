@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, check_offer, check_update, rejected
-from protocol.events import CoordinatorEvent, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.events import CoordinatorEvent, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
 from protocol.messages import Offer, RoundPlan, Verdict
 
 
@@ -20,22 +20,40 @@ class Answer:
     verdict: Verdict
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An offer whose update should travel."""
+
+    client: str
+    offer: Offer
+
+
 def refuse_all(event: CoordinatorEvent) -> Answer | None:
     """Answer an update that comes while no round is open."""
-    if isinstance(event, (UpdateArrived, UpdateUnreadable, OfferTooLarge)):
+    if isinstance(event, (OfferMade, UpdateArrived, UpdateUnreadable, OfferTooLarge)):
         return Answer(event.client, event.offer, check_offer(event.client, event.offer, None, ()))
     return None
 
 
 class Collection:
-    """Collects a round's updates until `quorum` are accepted or the deadline has passed."""
+    """Collects a round's updates until `quorum` are accepted or the deadline has passed.
 
-    def __init__(self, expected: Expectation, quorum: int, now: float) -> None:
+    `accepted` and `refused` are what the round had before a restart.
+    """
+
+    def __init__(
+        self,
+        expected: Expectation,
+        quorum: int,
+        now: float,
+        accepted: Mapping[str, Contribution] | None = None,
+        refused: Sequence[Answer] = (),
+    ) -> None:
         self._expected = expected
         self._quorum = quorum
         self._deadline = now + expected.plan.deadline_s
-        self._accepted: dict[str, Contribution] = {}
-        self.refused: list[Answer] = []
+        self._accepted = dict(accepted or {})
+        self.refused = list(refused)
 
     @property
     def plan(self) -> RoundPlan:
@@ -66,9 +84,12 @@ class Collection:
         hopeless = len(set(self.plan.participants) - (refused - self._accepted.keys())) < self._quorum
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
-    def take(self, event: CoordinatorEvent) -> Answer | None:
-        """Take in an event of the wire; an update gets its answer."""
+    def take(self, event: CoordinatorEvent) -> Answer | Wanted | None:
+        """Take in an event of the wire; an update gets its answer, an offer one too unless the update is wanted."""
         match event:
+            case OfferMade(client=client, offer=offer):
+                verdict = check_offer(client, offer, self._expected, self._accepted)
+                return Wanted(client, offer) if verdict.accepted else self._answer(Answer(client, offer, verdict))
             case UpdateArrived(client=client, offer=offer, update=update):
                 verdict = check_offer(client, offer, self._expected, self._accepted)
                 if verdict.accepted:

@@ -24,7 +24,9 @@ clients_per_round = 2                 # drawn from the clients that are online
 quorum = 2                            # so many accepted updates close a round
 deadline_s = 600                      # a round without its quorum by then is given up, and the next one begins
 seed = 0
-state = "state"                       # adapters and the record of every round; a restart continues from here
+state = "state"                       # adapters and the journal of every round; a restart continues from here
+# journal = "postgresql+pg8000://clipcast@labserver/clipcast"   # instead of state/journal.db; one database a federation
+# keep_rounds = 100                   # so many rounds' adapters stay on the disk, and the records of all
 
 # What is trained, and how. Without further keys the recipe is as published in docs/method.md; every key overrides it alone.
 [recipe]
@@ -80,6 +82,8 @@ class CoordinatorConfig(BaseModel):
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     seed: Annotated[int, Field(ge=0)] = 0
     state: Annotated[Path, Field(validate_default=True)] = Path("state")
+    journal: str | None = None
+    keep_rounds: Annotated[int, Field(ge=1)] = 100
     recipe: FederationRecipe = FederationRecipe()
     broker: BrokerSettings = BrokerSettings()
 

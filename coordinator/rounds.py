@@ -12,13 +12,15 @@ from clip_lora.lora import adapter_shapes, initial_adapter
 from clip_lora.towers import load_config
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, Start
-from coordinator.collection import Answer, Collection, refuse_all
+from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
-from coordinator.store import AttentionRecord, Identity, Refusal, RoundRecord, Store, TextRecord
+from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
+from coordinator.store import Opened, Store
+from protocol.codec import encode_adapter, sha256
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent
+from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent, OfferMade, UpdateArrived, UpdateUnreadable
 from protocol.link import Link
 from protocol.messages import Recipe, RoundPlan, Status, TextBank
 
@@ -63,25 +65,23 @@ class Federation:
         missed = 0
         while number < self._last:
             number += 1
-            participants = self._draw(number)
-            started = time.monotonic()
-            collection = self._collect(self._broadcast(number, known, participants))
+            started, collection = self._begin(number, known)
+            self._collect(collection)
             lesson = NO_LESSON
             if collection.has_quorum:
                 missed = 0
                 known, lesson = self._phase(number).learn(collection.accepted, known)
             else:
                 missed += 1
-            saved = self._store.save(number, known, lesson)
-            record = self._record(collection, lesson, known, saved, time.monotonic() - started)
-            self._store.save_record(record)
+            record = self._record(collection, lesson, known, time.monotonic() - started)
+            self._store.finish(record, known, lesson)
             yield record
             if missed >= MISSED_ROUNDS:
                 raise FederationError(
                     f"{missed} rounds in a row without a quorum of {self._config.quorum}; last waited for "
                     f"{', '.join(collection.silent)}. See their status and logs, or lower quorum or raise deadline_s"
                 )
-        self._broadcast(number, known, ())
+        self._publish(self._plan(number, known, {}))
         self._link.poll(0.0)
 
     def _phase(self, number: int) -> Phase:
@@ -101,7 +101,7 @@ class Federation:
         number, known = self._store.resume(shapes, self._learner.text_shapes)
         if known is None:
             known = Knowledge(self._bank, stored(initial_adapter(shapes, self._config.seed)))
-            self._store.save(0, known)
+            self._store.start(known)
         return number, known
 
     def _identity(self) -> Identity:
@@ -144,40 +144,65 @@ class Federation:
             log.info("round %d waits for %d more clients", number, wanted - len(self._online))
             for event in self._link.poll(min(left, POLL_S)):
                 self._notice(event)
-                self._reply(refuse_all(event))
+                self._settle(event, None)
         rng = random.Random(f"{self._config.seed}:{number}")
         return tuple(sorted(rng.sample(sorted(self._online), min(wanted, len(self._online)))))
 
-    def _broadcast(self, number: int, known: Knowledge, participants: tuple[str, ...]) -> Expectation:
-        """Publish class bank, adapters and plan; without participants the plan says that the federation is finished."""
+    def _begin(self, number: int, known: Knowledge) -> tuple[float, Collection]:
+        """Publish a round's plan once it is in the journal; a round that a restart interrupted goes on with what it had."""
+        opened = self._store.opened()
+        ranks = opened.ranks if opened is not None else {client: self._rank(client) for client in self._draw(number)}
+        started = time.monotonic()
+        expected = self._plan(number, known, ranks)
+        if opened is not None and not self._same(opened.plan, expected.plan):
+            log.warning("the settings have changed while round %d was open: it begins anew", number)
+            opened = None
+        if opened is None:
+            self._store.open(expected.plan, ranks)
+            opened = Opened(expected.plan, ranks, {}, ())
+        elif opened.accepted:
+            log.info("round %d goes on with the updates of %s", number, ", ".join(opened.accepted))
+        self._publish(expected)
+        return started, Collection(expected, self._config.quorum, time.monotonic(), opened.accepted, opened.refused)
+
+    def _same(self, old: RoundPlan, new: RoundPlan) -> bool:
+        """Whether updates for the old plan are updates for the new one."""
+        one, other = (
+            plan.model_dump(exclude={"start": True, "deadline_s": True, "adapter": {"chunk_size"}}) for plan in (old, new)
+        )
+        return one == other
+
+    def _plan(self, number: int, known: Knowledge, ranks: Mapping[str, int]) -> Expectation:
+        """Serve class bank and adapters, and make the plan; without participants it says that the federation is finished."""
         bank, actions = self._end.publish_bank(known.bank)
         self._link.do(actions)
         common = self._end.serve_adapter(known.adapter)
         phase = self._phase(min(number, self._last))
-        individual, starts = self._starts(number, phase.from_own, known, participants, common.sha256)
+        individual, starts = self._starts(number, phase.from_own, known, ranks, common.sha256)
         plan = RoundPlan.model_validate(
             {
                 "run": self._run,
                 "start": self._start,
                 "round": number,
-                "state": "open" if participants else "finished",
+                "state": "open" if ranks else "finished",
                 "classes": bank.sha256,
                 "adapter": common,
                 "individual": individual,
-                "participants": participants,
+                "participants": tuple(ranks),
                 "recipe": phase.recipe,
                 "seed": self._config.seed,
                 "deadline_s": self._config.deadline_s,
             }
         )
-        self._link.do(self._end.publish_plan(plan))
         return Expectation(plan, starts, known.bank.embeddings.shape[1], len(known.bank.classes))
 
+    def _publish(self, expected: Expectation) -> None:
+        self._link.do(self._end.publish_plan(expected.plan))
+
     def _starts(
-        self, number: int, from_own: bool, known: Knowledge, participants: tuple[str, ...], common: str
+        self, number: int, from_own: bool, known: Knowledge, ranks: Mapping[str, int], common: str
     ) -> tuple[bool, dict[str, Start]]:
         """Decide what each participant starts from, and announce it where it is not the global adapter for all."""
-        ranks = {client: self._rank(client) for client in participants}
         shapes = {r: adapter_shapes(self._model, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
         if not from_own and set(ranks.values()) <= {self._training.rank}:
             return False, {client: Start(common, shapes[rank]) for client, rank in ranks.items()}
@@ -194,15 +219,13 @@ class Federation:
         limit, rank = self._online[client].max_rank, self._training.rank
         return rank if limit is None or self._config.recipe.aggregation == "mean_of_factors" else min(rank, limit)
 
-    def _collect(self, expected: Expectation) -> Collection:
+    def _collect(self, collection: Collection) -> None:
         """Take updates until quorum or deadline."""
-        collection = Collection(expected, self._config.quorum, time.monotonic())
-        log.info("round %d: %s", expected.plan.round, ", ".join(expected.plan.participants))
+        log.info("round %d: %s", collection.plan.round, ", ".join(collection.plan.participants))
         while (patience := collection.patience(time.monotonic())) > 0:
             for event in self._link.poll(min(patience, POLL_S)):
                 self._notice(event)
-                self._reply(collection.take(event))
-        return collection
+                self._settle(event, collection)
 
     def _notice(self, event: CoordinatorEvent) -> None:
         """Keep the roster, and tell the operator what matters."""
@@ -219,16 +242,26 @@ class Federation:
             case _:
                 log.debug("%s", event)
 
-    def _reply(self, answer: Answer | None) -> None:
-        if answer is None:
+    def _settle(self, event: CoordinatorEvent, collection: Collection | None) -> None:
+        """Answer an update; what is accepted is in the journal before the client hears of it."""
+        earlier = self._store.answered(event.client, event.offer) if isinstance(event, OfferMade) else None
+        if earlier is not None:
+            self._reply(earlier)
             return
+        match collection.take(event) if collection is not None else refuse_all(event):
+            case Wanted(client=client, offer=offer):
+                self._end.fetch(client, offer)
+            case Answer() as answer:
+                if collection is not None and isinstance(event, UpdateArrived | UpdateUnreadable):
+                    self._store.keep(answer, event.blob if isinstance(event, UpdateArrived) else None)
+                self._reply(answer)
+
+    def _reply(self, answer: Answer) -> None:
         if not answer.verdict.accepted:
             log.warning("rejected %s: %s, %s", answer.client, answer.verdict.reason, answer.verdict.detail)
         self._link.do(self._end.answer(answer.client, answer.offer, answer.verdict))
 
-    def _record(
-        self, collection: Collection, lesson: Lesson, known: Knowledge, saved: tuple[str, str], seconds: float
-    ) -> RoundRecord:
+    def _record(self, collection: Collection, lesson: Lesson, known: Knowledge, seconds: float) -> RoundRecord:
         """Sum up the round."""
         offers = {client: c.offer for client, c in sorted(collection.accepted.items())}
         samples = sum(offer.samples for offer in offers.values())
@@ -249,8 +282,7 @@ class Federation:
             seconds=seconds,
             bytes_up=bytes_up,
             bytes_down={client: offer.bytes_received for client, offer in offers.items()},
-            adapter=saved[0],
-            adapter_sha256=saved[1],
+            adapter_sha256=sha256(encode_adapter(known.adapter)),
             bank_version=known.bank.version,
             text=text and TextRecord.of(text),
             own=list(lesson.renewed),

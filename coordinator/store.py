@@ -1,154 +1,125 @@
-"""A federation at rest: what it knew after each round, and the record of every round. Every write is atomic.
+"""A federation at rest: what it knew after each round, what the open round has collected, and the record of every round.
 
-state/adapter-0000.safetensors    the global adapter that round 1 starts from; adapter-0001 is what round 1 made, and so on
-state/bank-0001.safetensors       version 1 of the class bank; a round that trains the text side makes the next version
-state/text-0002.safetensors       the text adapter behind version 2
-state/own-0001/<client>.safetensors   the clients' own adapters that round 1 made
-state/rounds.jsonl                one line per round; it is written last, so whatever it names exists
-state/run.json                    this run: its name, what it trains, how often the coordinator was started
+state/journal.db     the journal (journal.py), unless `journal` names a database
+state/blobs/         adapters, class banks and the open round's updates, named by their hash (blobs.py)
+state/lock           held by the coordinator that works here
+
+Every step of a round is one transaction that can be repeated: `open` a plan, `keep` an answer, `finish`. The blobs that it
+names are on the disk before it is committed.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection, delete, insert, or_, select, update
 
 from clip_lora.errors import ModelError
 from clip_lora.lora import Shapes, check_shapes
+from coordinator.aggregate import Contribution
+from coordinator.blobs import Blobs
+from coordinator.collection import Answer
 from coordinator.errors import FederationError
+from coordinator.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
-from coordinator.personal import Attention
-from coordinator.text_side import TextLoss
-from protocol.codec import decode_adapter, decode_bank, encode_adapter, encode_bank, sha256
+from coordinator.records import Identity, RoundRecord, Run
+from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank
 from protocol.errors import WireError
-from protocol.files import write_atomic
-from protocol.messages import Adapter, TextBank
+from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Verdict
 
-RECORDS = "rounds.jsonl"
 FIRST_BANK = 1
-RUN = "run.json"
+ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
+KEEP_ROUNDS = 100
+Model = TypeVar("Model", bound=BaseModel)
 
 
-class Refusal(BaseModel):
-    """A rejected update."""
+@dataclass(frozen=True)
+class Opened:
+    """A round that has begun: its plan, each participant's rank, and what was answered so far, in client order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    client: str
-    reason: str
-    detail: str
-
-
-class TextRecord(BaseModel):
-    """The text side's training: weighted CE before and after, number of samples."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    loss_before: float
-    loss_after: float
-    samples: int
-
-    @classmethod
-    def of(cls, loss: TextLoss) -> TextRecord:
-        """Return how a training went."""
-        return cls(loss_before=loss.before, loss_after=loss.after, samples=loss.samples)
-
-
-class AttentionRecord(BaseModel):
-    """Who listened to whom: weights by client (rows) and source, and each row's entropy in nats."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    clients: list[str]
-    sources: list[str]
-    weights: list[list[float]]
-    entropy: list[float]
-
-    @classmethod
-    def of(cls, attention: Attention) -> AttentionRecord:
-        """Return an attention as lists."""
-        return cls(
-            clients=list(attention.clients),
-            sources=list(attention.sources),
-            weights=attention.weights.tolist(),
-            entropy=attention.entropy.tolist(),
-        )
-
-
-class RoundRecord(BaseModel):
-    """What happened in a round. Bytes are payload bytes by client; loss and accuracy are the clients' own, weighted.
-
-    `class_accuracy` is the share of the clients' own pictures of a class that they predicted correctly after training;
-    `own` names the clients whose own adapters the round made; `bank_version` is the class bank that goes with `adapter`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    round: int
-    outcome: Literal["aggregated", "quorum-missed"]
-    accepted: list[str]
-    rejected: list[Refusal]
-    silent: list[str]
-    samples: int
-    loss: float | None
-    train_accuracy: float | None
-    seconds: float
-    bytes_up: dict[str, int]
-    bytes_down: dict[str, int]
-    adapter: str
-    adapter_sha256: str
-    bank_version: int
-    text: TextRecord | None = None
-    own: list[str] = []
-    attention: AttentionRecord | None = None
-    class_accuracy: dict[str, float] = {}
-
-
-class Identity(BaseModel):
-    """What must not change between a federation's rounds; an adapter means something only together with it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    federation: str
-    model_digest: str
-    classes: tuple[str, ...]
-    rank: int
-    alpha: float
-    projections: tuple[str, ...]
-    first_block: int
-
-
-class Run(BaseModel):
-    """One run of a federation, over all starts of its coordinator."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    starts: int
-    identity: Identity
+    plan: RoundPlan
+    ranks: Mapping[str, int]
+    accepted: Mapping[str, Contribution]
+    refused: tuple[Answer, ...]
 
 
 class Store:
-    """The state folder of one federation."""
+    """The state of one federation. Only `begin` and what follows it writes; `close` lets another coordinator in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, journal: str | None = None, keep_rounds: int = KEEP_ROUNDS) -> None:
         self.folder = folder
+        self.blobs = Blobs(folder / "blobs")
+        self._journal = Journal(folder, journal)
+        self._keep_rounds = keep_rounds
+
+    def close(self) -> None:
+        """Let go of the folder and the database."""
+        self._journal.close()
+
+    def run(self) -> Run | None:
+        """Return what is known of this run, None before its first start; raises FederationError if it is unreadable."""
+        with self._journal.reading() as connection:
+            return self._run(connection) if connection is not None else None
+
+    def _run(self, connection: Connection) -> Run | None:
+        row = connection.execute(select(RUN.c.version, RUN.c.about)).one_or_none()
+        if row is None:
+            return None
+        if row.version != VERSION:
+            raise FederationError(
+                f"the journal {self._journal} is of version {row.version}, this clipcast reads {VERSION}: use the clipcast "
+                f"that wrote it, or set `state` to a new folder"
+            )
+        return _read(Run, row.about, self._journal)
+
+    def begin(self, identity: Identity) -> tuple[str, int]:
+        """Return the name of this run of the federation, made once, and how often the coordinator was started in it.
+
+        Raises FederationError if another coordinator is at work here, or the state is of another identity's federation.
+        """
+        self._journal.prepare()
+        with self._journal.writing() as connection:
+            known = self._run(connection)
+            run = known or Run(name=secrets.token_hex(8), starts=0, identity=identity)
+            changed = [key for key in Identity.model_fields if getattr(run.identity, key) != getattr(identity, key)]
+            if changed:
+                raise FederationError(
+                    f"{self.folder} holds the state of a federation with another {', '.join(changed)}: set `state` to a "
+                    f"new folder, or change the settings back"
+                )
+            run = run.model_copy(update={"starts": run.starts + 1})
+            if known is None and any(self.blobs.digests()):  # to sweep them would lose another journal's federation
+                raise FederationError(
+                    f"{self.blobs.folder} holds blobs that the journal {self._journal} knows nothing of: set `journal` "
+                    f"back, or `state` to a new folder"
+                )
+            if known is None:
+                connection.execute(insert(RUN).values(id=1, version=VERSION, about=run.model_dump_json()))
+            else:
+                connection.execute(update(RUN).values(about=run.model_dump_json()))
+            self.blobs.sweep(self._named(connection))
+        return run.name, run.starts
 
     def records(self) -> list[RoundRecord]:
-        """Return the rounds so far; raises FederationError if they cannot be read."""
-        path = self.folder / RECORDS
-        if not path.exists():
-            return []
-        try:
-            return [RoundRecord.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise FederationError(
-                f"{path} is damaged or of another version: move {self.folder} aside to start anew"
-            ) from error
+        """Return the finished rounds; raises FederationError if they cannot be read."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return []
+            query = select(ROUNDS.c.record).where(ROUNDS.c.record.is_not(None)).order_by(ROUNDS.c.number)
+            return [_read(RoundRecord, text, self._journal) for text in connection.scalars(query)]
 
     def resume(self, shapes: Shapes, text_shapes: Shapes | None) -> tuple[int, Knowledge | None]:
         """Return the number of rounds done and what is known (None at the start); raises FederationError."""
         records = self.records()
-        if not records and not self.adapter_path(0).exists():
-            return 0, None
         known = self.knowledge()
+        if known is None:
+            return 0, None
         try:
             check_shapes(known.adapter, shapes)
             if known.text is not None and text_shapes is not None:
@@ -157,100 +128,182 @@ class Store:
             raise self._foreign(error) from error
         return records[-1].round if records else 0, known
 
-    def knowledge(self) -> Knowledge:
-        """Return what is known after the last finished round; raises FederationError."""
-        records = self.records()
-        version = records[-1].bank_version if records else FIRST_BANK
-        own = {client: record.round for record in records for client in record.own}
+    def knowledge(self) -> Knowledge | None:
+        """Return what is known after the last finished round, None before the first start; raises FederationError."""
+        newest: dict[tuple[str, str], str] = {}
+        versions: list[int] = []
+        with self._journal.reading() as connection:
+            if connection is None:
+                return None
+            for row in connection.execute(select(KEPT).order_by(KEPT.c.number)):
+                newest[row.kind, row.name] = row.sha256
+                if row.kind == BANK:
+                    versions.append(int(row.name))
+        if not newest:
+            return None
+        version = str(versions[-1])
+        text = newest.get((TEXT, version))
         return Knowledge(
-            self.bank(version),
-            self._adapter(self.adapter_path(records[-1].round if records else 0)),
-            self._adapter(self.text_path(version)) if self.text_path(version).exists() else None,
-            {client: self._adapter(self.own_path(number, client)) for client, number in own.items()},
+            self._bank(newest[BANK, version]),
+            self._adapter(newest[ADAPTER, ""]),
+            self._adapter(text) if text is not None else None,
+            {name: self._adapter(digest) for (kind, name), digest in sorted(newest.items()) if kind == OWN},
         )
 
-    def _adapter(self, path: Path) -> Adapter:
+    def adapter(self, number: int) -> Adapter:
+        """Return the global adapter after round `number`, 0 for the initial one; raises FederationError."""
+        return self._adapter(self._find(ADAPTER, "", number))
+
+    def own(self, number: int, client: str) -> Adapter:
+        """Return the adapter of its own that round `number` made for a client; raises FederationError."""
+        return self._adapter(self._find(OWN, client, number))
+
+    def bank(self, version: int) -> TextBank:
+        """Return a class bank by its version, which a round's record names; raises FederationError."""
+        return self._bank(self._find(BANK, str(version)))
+
+    def _find(self, kind: str, name: str, number: int | None = None) -> str:
+        query = select(KEPT.c.sha256).where(KEPT.c.kind == kind, KEPT.c.name == name)
+        if number is not None:
+            query = query.where(KEPT.c.number == number)
+        with self._journal.reading() as connection:
+            found = None if connection is None else connection.scalar(query)
+        if found is None:
+            what = " ".join(part for part in (name, kind) if part) + (f" of round {number}" if number is not None else "")
+            raise FederationError(f"{self.folder} holds no {what}: never made, or no longer kept (`keep_rounds`)")
+        return str(found)
+
+    def _adapter(self, digest: str) -> Adapter:
         try:
-            return decode_adapter(self._read(path))
+            return decode_adapter(self.blobs.get(digest))
+        except WireError as error:
+            raise self._foreign(error) from error
+
+    def _bank(self, digest: str) -> TextBank:
+        try:
+            return decode_bank(self.blobs.get(digest))
         except WireError as error:
             raise self._foreign(error) from error
 
     def _foreign(self, error: Exception) -> FederationError:
         return FederationError(f"{self.folder} holds the state of another federation ({error}): set `state` to a new folder")
 
-    def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise FederationError(
-                f"{path} is missing although {RECORDS} names it: restore it, or move {self.folder} aside"
-            ) from error
+    def start(self, known: Knowledge) -> None:
+        """Keep what a new federation begins with."""
+        self._commit(0, known, NO_LESSON, None)
 
-    def adapter_path(self, number: int) -> Path:
-        """Return where the adapter after round `number` is kept."""
-        return self.folder / f"adapter-{number:04d}.safetensors"
-
-    def bank_path(self, version: int) -> Path:
-        """Return where a version of the class bank is kept."""
-        return self.folder / f"bank-{version:04d}.safetensors"
-
-    def text_path(self, version: int) -> Path:
-        """Return where the text adapter behind a version of the class bank is kept."""
-        return self.folder / f"text-{version:04d}.safetensors"
-
-    def own_path(self, number: int, client: str) -> Path:
-        """Return where a client's own adapter is kept that round `number` made."""
-        return self.folder / f"own-{number:04d}" / f"{client}.safetensors"
-
-    def begin(self, identity: Identity) -> tuple[str, int]:
-        """Return the name of this run of the federation, made once, and how often the coordinator was started in it.
-
-        Raises FederationError if the folder holds the state of a federation with another identity.
-        """
-        run = self.run() or Run(name=secrets.token_hex(8), starts=0, identity=identity)
-        changed = [key for key in Identity.model_fields if getattr(run.identity, key) != getattr(identity, key)]
-        if changed:
-            raise FederationError(
-                f"{self.folder} holds the state of a federation with another {', '.join(changed)}: set `state` to a new "
-                f"folder, or change the settings back"
+    def open(self, plan: RoundPlan, ranks: Mapping[str, int]) -> None:
+        """Note that a round begins. What an abandoned one of the same number had collected is forgotten."""
+        with self._journal.writing() as connection:
+            connection.execute(delete(UPDATES).where(UPDATES.c.number == plan.round))
+            connection.execute(delete(ROUNDS).where(ROUNDS.c.number == plan.round))
+            connection.execute(
+                insert(ROUNDS).values(number=plan.round, plan=plan.model_dump_json(), ranks=json.dumps(dict(ranks)))
             )
-        run = run.model_copy(update={"starts": run.starts + 1})
-        write_atomic(self.folder / RUN, run.model_dump_json().encode())
-        return run.name, run.starts
 
-    def run(self) -> Run | None:
-        """Return what is known of this run, None before its first start; raises FederationError if it is damaged."""
-        path = self.folder / RUN
-        try:
-            return Run.model_validate_json(path.read_bytes()) if path.exists() else None
-        except ValidationError as error:
-            raise FederationError(
-                f"{path} is damaged or of another version: move {self.folder} aside to start anew"
-            ) from error
+    def opened(self) -> Opened | None:
+        """Return the round that had begun and not ended when the coordinator stopped; raises FederationError."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return None
+            row = connection.execute(select(ROUNDS).where(ROUNDS.c.record.is_(None))).one_or_none()
+            if row is None:
+                return None
+            query = select(UPDATES).where(UPDATES.c.number == row.number).order_by(UPDATES.c.client, UPDATES.c.sha256)
+            answers = connection.execute(query).all()
+        accepted: dict[str, Contribution] = {}
+        refused: list[Answer] = []
+        for found in answers:
+            offer = _read(Offer, found.offer, self._journal)
+            if found.accepted:
+                accepted[found.client] = Contribution(offer, decode_update(self.blobs.get(found.sha256)))
+            else:
+                refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
+        plan = _read(RoundPlan, row.plan, self._journal)
+        return Opened(plan, json.loads(row.ranks), accepted, tuple(refused))
 
-    def bank(self, version: int) -> TextBank:
-        """Return a class bank by its version, which a round's record names; raises FederationError."""
-        path = self.bank_path(version)
-        try:
-            return decode_bank(self._read(path))
-        except WireError as error:
-            raise FederationError(f"{path} cannot be read ({error}): restore it") from error
+    def keep(self, answer: Answer, blob: bytes | None) -> None:
+        """Keep the answer to an update, and if it is accepted the update: before the client hears of it. Idempotent."""
+        if answer.verdict.accepted:
+            assert blob is not None
+            self.blobs.put(blob)
+        client, offer, verdict = answer.client, answer.offer, answer.verdict
+        with self._journal.writing() as connection:
+            if self._verdict(connection, client, offer) is not None:
+                return
+            connection.execute(
+                insert(UPDATES).values(
+                    number=offer.round,
+                    client=client,
+                    sha256=offer.blob.sha256,
+                    offer=offer.model_dump_json(),
+                    accepted=verdict.accepted,
+                    reason=verdict.reason,
+                    detail=verdict.detail,
+                )
+            )
 
-    def save(self, number: int, known: Knowledge, lesson: Lesson = NO_LESSON) -> tuple[str, str]:
-        """Keep what round `number` changed; return the global adapter's file name and SHA-256."""
-        version = known.bank.version
+    def answered(self, client: str, offer: Offer) -> Answer | None:
+        """Return the answer that this very update got, in whatever round and before whatever restart."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return None
+            verdict = self._verdict(connection, client, offer)
+        return None if verdict is None else Answer(client, offer, verdict)
+
+    def _verdict(self, connection: Connection, client: str, offer: Offer) -> Verdict | None:
+        key = (UPDATES.c.number == offer.round, UPDATES.c.client == client, UPDATES.c.sha256 == offer.blob.sha256)
+        row = connection.execute(select(UPDATES.c.accepted, UPDATES.c.reason, UPDATES.c.detail).where(*key)).one_or_none()
+        return None if row is None else Verdict(row.accepted, row.reason, row.detail)
+
+    def finish(self, record: RoundRecord, known: Knowledge, lesson: Lesson = NO_LESSON) -> None:
+        """End a round: keep its record and what it changed, forget its updates and what is older than is kept."""
+        self._commit(record.round, known, lesson, record)
+
+    def _commit(self, number: int, known: Knowledge, lesson: Lesson, record: RoundRecord | None) -> None:
+        """Blobs first, then one transaction, then the blobs that it left without a name."""
+        made = {(ADAPTER, ""): encode_adapter(known.adapter)}
         if number == 0 or lesson.text is not None:
+            made[BANK, str(known.bank.version)] = encode_bank(known.bank)
             if known.text is not None:
-                write_atomic(self.text_path(version), encode_adapter(known.text))
-            write_atomic(self.bank_path(version), encode_bank(known.bank))
-        for client in lesson.renewed:
-            write_atomic(self.own_path(number, client), encode_adapter(known.own[client]))
-        blob = encode_adapter(known.adapter)
-        path = self.adapter_path(number)
-        write_atomic(path, blob)
-        return path.name, sha256(blob)
+                made[TEXT, str(known.bank.version)] = encode_adapter(known.text)
+        made |= {(OWN, client): encode_adapter(known.own[client]) for client in lesson.renewed}
+        digests = {key: self.blobs.put(blob) for key, blob in made.items()}
+        with self._journal.writing() as connection:
+            before = self._named(connection)
+            connection.execute(delete(KEPT).where(KEPT.c.number == number))
+            rows = [{"number": number, "kind": kind, "name": name, "sha256": d} for (kind, name), d in digests.items()]
+            connection.execute(insert(KEPT), rows)
+            if record is not None:
+                connection.execute(update(ROUNDS).where(ROUNDS.c.number == number).values(record=record.model_dump_json()))
+            self._prune(connection, number)
+            unnamed = before - self._named(connection)
+        for digest in unnamed:
+            self.blobs.remove(digest)
 
-    def save_record(self, record: RoundRecord) -> None:
-        """Keep a round's record. It is written after its adapter, so whatever it names exists."""
-        lines = [item.model_dump_json() for item in [*self.records(), record]]
-        write_atomic(self.folder / RECORDS, ("\n".join(lines) + "\n").encode())
+    def _prune(self, connection: Connection, number: int) -> None:
+        """Drop what rounds made before the last `keep_rounds`, but for the initial state and what is still the newest."""
+        newer = KEPT.alias()
+        surpassed = select(newer.c.number).where(
+            newer.c.kind == KEPT.c.kind,
+            newer.c.number > KEPT.c.number,
+            or_(KEPT.c.kind != OWN, newer.c.name == KEPT.c.name),
+        )
+        old = KEPT.c.number.between(1, number - self._keep_rounds)
+        connection.execute(delete(KEPT).where(old, surpassed.exists()))
+
+    def _named(self, connection: Connection) -> set[str]:
+        """Return the hashes of the blobs that are still wanted: what was made, and the open round's accepted updates."""
+        open_rounds = select(ROUNDS.c.number).where(ROUNDS.c.record.is_(None))
+        held = select(UPDATES.c.sha256).where(UPDATES.c.accepted, UPDATES.c.number.in_(open_rounds))
+        return {*connection.scalars(select(KEPT.c.sha256)), *connection.scalars(held)}
+
+
+def _read(schema: type[Model], text: str, journal: Journal) -> Model:
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        raise FederationError(
+            f"the journal {journal} holds a damaged {schema.__name__}, or one of another version: restore it, or set "
+            f"`state` to a new folder to start anew"
+        ) from error

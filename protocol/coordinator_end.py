@@ -16,7 +16,15 @@ from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publi
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
 from protocol.errors import BusError, WireError
-from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.events import (
+    BrokerLink,
+    ClientSeen,
+    CoordinatorEvent,
+    OfferMade,
+    OfferTooLarge,
+    UpdateArrived,
+    UpdateUnreadable,
+)
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -96,6 +104,11 @@ class CoordinatorEnd:
             if state.offer is not None and state.offer.round != plan.round:
                 state.offer = state.fetch = None
         return self._retain(plan)
+
+    def fetch(self, client: str, offer: Offer) -> None:
+        """Ask for the update that a client offers; it replaces one that is under way from this client."""
+        state = self._clients.setdefault(client, _Client())
+        state.offer, state.fetch = offer, Fetch(offer.blob, Repeat(self._rng), UPLOAD_WINDOW)
 
     def answer(self, client: str, offer: Offer, verdict: Verdict) -> list[Action]:
         """Send the receipt for an update, and keep it to answer repeated offers."""
@@ -213,10 +226,9 @@ class CoordinatorEnd:
         if offer.blob.size > self._max_update:
             problem = f"{offer.blob.size} bytes exceed the {self._max_update} that an update may have"
             return [], [OfferTooLarge(client, offer, problem)]
-        if state.offer is None or (state.offer.round, state.offer.blob) != (offer.round, offer.blob):
-            state.fetch = Fetch(offer.blob, Repeat(self._rng), UPLOAD_WINDOW)
-        elif state.fetch is not None:
-            state.fetch.repeat.again()
+        if state.fetch is None or state.offer is None or (state.offer.round, state.offer.blob) != (offer.round, offer.blob):
+            return [], [OfferMade(client, offer)]
+        state.fetch.repeat.again()
         state.offer = offer
         return [], []
 
@@ -230,7 +242,7 @@ class CoordinatorEnd:
             return []
         state.fetch = None
         try:
-            return [UpdateArrived(client, state.offer, decode_update(blob))]
+            return [UpdateArrived(client, state.offer, decode_update(blob), blob)]
         except WireError as error:
             return [UpdateUnreadable(client, state.offer, str(error))]
 

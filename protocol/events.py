@@ -65,12 +65,21 @@ class ClientSeen:
 
 
 @dataclass(frozen=True)
+class OfferMade:
+    """A client offers an update: it travels once `CoordinatorEnd.fetch` asks for it. Offers are repeated until answered."""
+
+    client: str
+    offer: Offer
+
+
+@dataclass(frozen=True)
 class UpdateArrived:
-    """An upload is complete and its hash is right."""
+    """An upload is complete and its hash is right; `blob` is what the hash is of."""
 
     client: str
     offer: Offer
     update: Update
+    blob: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -99,4 +108,4 @@ class BrokerLink:
     reason: str = ""
 
 
-CoordinatorEvent = ClientSeen | UpdateArrived | UpdateUnreadable | OfferTooLarge | BrokerLink
+CoordinatorEvent = ClientSeen | OfferMade | UpdateArrived | UpdateUnreadable | OfferTooLarge | BrokerLink

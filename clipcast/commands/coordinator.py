@@ -1,15 +1,18 @@
-"""`clipcast coordinator init|run`."""
+"""`clipcast coordinator init|run|rounds`."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipcast.commands.files import write_new
+
+if TYPE_CHECKING:
+    from coordinator.records import RoundRecord
 
 app = typer.Typer(help="The lab server: broadcasts class banks and adapters, collects and aggregates updates.")
 
@@ -61,16 +64,52 @@ def run(
     from protocol.link import Link
 
     try:
+        store = Store(config.state, config.journal, config.keep_rounds)
         end = CoordinatorEnd(config.federation, random.Random())
         bank = make_bank(config.model, config.classes, config.templates)
-        for record in Federation(config, bank, Link(bus, end), end, Store(config.state)).run():
+        for record in Federation(config, bank, Link(bus, end), end, store).run():
             if as_json:
                 typer.echo(record.model_dump_json())
                 continue
-            loss = "no update" if record.loss is None else f"loss {record.loss:.3f}"
-            typer.echo(
-                f"round {record.round}: {record.outcome}, {len(record.accepted)} accepted, {len(record.rejected)} rejected, "
-                f"{loss}, {record.seconds:.1f} s, {sum(record.bytes_up.values()) / 1e6:.2f} MB up -> {record.adapter}"
-            )
+            typer.echo(_line(record))
     finally:
         bus.close()
+
+
+@app.command()
+def rounds(
+    path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("coordinator.toml"),
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each round's whole record as a JSON line.")] = False,
+) -> None:
+    """Show the rounds so far, and what the open one has; also while the coordinator runs.
+
+    Example: `clipcast coordinator rounds coordinator.toml`
+    """
+    from coordinator.config import load
+    from coordinator.store import Store
+
+    config = load(path)
+    store = Store(config.state, config.journal, config.keep_rounds)
+    records, opened = store.records(), store.opened()
+    for record in records:
+        typer.echo(record.model_dump_json() if as_json else _line(record))
+    if as_json:
+        return
+    if opened is not None:
+        waits = ", ".join(sorted(opened.ranks.keys() - opened.accepted.keys())) or "nobody"
+        typer.echo(
+            f"round {opened.plan.round}: open, {len(opened.accepted)} accepted, {len(opened.refused)} rejected, "
+            f"no update yet of {waits}"
+        )
+    elif not records:
+        typer.echo(f"no round yet in {config.state}: `clipcast coordinator run {path}` begins the first")
+
+
+def _line(record: RoundRecord) -> str:
+    """Say how a round went."""
+    loss = "no update" if record.loss is None else f"loss {record.loss:.3f}"
+    return (
+        f"round {record.round}: {record.outcome}, {len(record.accepted)} accepted, {len(record.rejected)} rejected, {loss}, "
+        f"{record.seconds:.1f} s, {sum(record.bytes_up.values()) / 1e6:.2f} MB up -> adapter {record.adapter_sha256[:12]}"
+    )

@@ -31,24 +31,23 @@ def export(
     from coordinator.store import FIRST_BANK, Store
     from edge_client.data import find_pictures, readable_pictures
     from export.artefact import Source, export_artefact
-    from protocol.codec import decode_adapter
 
     config = load(settings)
-    store = Store(config.state)
+    store = Store(config.state, config.journal, config.keep_rounds)
     records = store.records()
     if not records:
         raise FederationError(f"{config.state} holds no finished round: `clipcast coordinator run {settings}` first")
     number = records[-1].round if number is None else number
-    if not store.adapter_path(number).exists():
+    if not 0 <= number <= records[-1].round:
         raise FederationError(f"round {number} has no adapter in {config.state}: there are rounds 0 to {records[-1].round}")
     found = readable_pictures(find_pictures(data), data)
     chosen = [picture.load() for picture in found[:: max(1, len(found) // pictures)][:pictures]]
     versions = {record.round: record.bank_version for record in records}
     bank = store.bank(versions.get(number, FIRST_BANK))
-    adapter = decode_adapter(store.adapter_path(number).read_bytes())
+    adapter = store.adapter(number)
     run = store.run()
     if run is None:
-        raise FederationError(f"{config.state} lacks run.json, which says what its adapters are: restore it")
+        raise FederationError(f"{config.state} does not say what its adapters are: restore its journal")
     source = Source(bank, adapter, run.identity, run.identity.federation, number)
     parity = export_artefact(source, chosen, bits, out, config.model)
     if as_json:

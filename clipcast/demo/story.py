@@ -23,10 +23,10 @@ from clipcast.demo.pictures import Layout, lay_out
 from clipcast.demo.processes import Process, running, write_settings
 from clipcast.demo.settings import DemoSettings
 from clipcast.exit_codes import INTERRUPTED
-from coordinator.store import FIRST_BANK, RoundRecord, Store
+from coordinator.records import RoundRecord
+from coordinator.store import FIRST_BANK, Store
 from edge_client.infer import Classifier
 from export.artefact import Source, export_artefact
-from protocol.codec import decode_adapter
 from protocol.events import ClientSeen
 from protocol.files import write_atomic
 from protocol.link import Link
@@ -61,7 +61,7 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
         else:
             rounds, evaluator = _federate(settings, layout, store, settings.broker, table)
         table.note("each client alone, the same number of steps")
-        first, start = store.bank(FIRST_BANK), decode_adapter(store.adapter_path(0).read_bytes())
+        first, start = store.bank(FIRST_BANK), store.adapter(0)
         zero_shot = evaluator.accuracy(start, first)
         alone = all_alone(
             [
@@ -118,8 +118,8 @@ def _federate(
             evaluator = Evaluator.load(store.bank(FIRST_BANK), settings.bits, settings.recipe, layout.held_out)
             table.note("rounds are running")
             for record in _records(settings.last_round, store, processes, Link(bus, Observer(settings.federation)), table):
-                adapter = decode_adapter(store.adapter_path(record.round).read_bytes())
-                rounds.append(_row(record, evaluator.accuracy(adapter, store.bank(record.bank_version))))
+                accuracy = evaluator.accuracy(store.adapter(record.round), store.bank(record.bank_version))
+                rounds.append(_row(record, accuracy))
                 table.round(rounds[-1], settings.clients)
         finally:
             bus.close()
@@ -128,7 +128,7 @@ def _federate(
 
 def _await_first_state(store: Store, processes: list[Process], link: Link[ClientSeen], table: LiveTable) -> None:
     """Wait until the coordinator has saved its class bank and the initial adapter; its failure ends the wait."""
-    while not (store.bank_path(FIRST_BANK).exists() and store.adapter_path(0).exists()):
+    while store.knowledge() is None:
         _watch(processes, link, table)
 
 
@@ -169,8 +169,7 @@ def _row(record: RoundRecord, accuracy: float) -> Report:
 def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store) -> Report:
     """Export the last global adapter and classify the held-out pictures with onnxruntime."""
     last = store.records()[-1]
-    number, bank = last.round, store.bank(last.bank_version)
-    adapter = decode_adapter(store.adapter_path(number).read_bytes())
+    number, bank, adapter = last.round, store.bank(last.bank_version), store.adapter(last.round)
     files = sorted(file for file in layout.held_out.rglob("*.*") if file.parent.parent == layout.held_out)
     chosen = [_open(file) for file in files[:: max(1, len(files) // PARITY_PICTURES)]]
     path = settings.out / "model.onnx"

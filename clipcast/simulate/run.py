@@ -21,8 +21,9 @@ from clipcast.simulate.settings import SimulateSettings
 from coordinator.config import CoordinatorConfig
 from coordinator.learning import Knowledge
 from coordinator.recipe import FederationRecipe, parse_recipe
+from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
-from coordinator.store import RoundRecord, Store
+from coordinator.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.data import Dataset, Picture
 from edge_client.encoders import Encoders
@@ -81,9 +82,11 @@ class Bench:
                 for record in self._federate(recipe, seed, names, engine, store):
                     rounds.append(self._judge_round(record, recipe, store))
                     yield text
+                known = store.knowledge()
             finally:
                 engine.close()
-            known = store.knowledge()
+                store.close()
+        assert known is not None
         yield self._row(text, seed, names, shares, rounds, known, recipe.training(self.depth))
 
     def _federate(
@@ -112,6 +115,7 @@ class Bench:
 
     def _judge_round(self, record: RoundRecord, recipe: FederationRecipe, store: Store) -> Row:
         known = store.knowledge()
+        assert known is not None
         shares = self.judge.by_class(known, known.adapter, recipe.training(self.depth))
         count = max(len(record.accepted), 1)
         return {

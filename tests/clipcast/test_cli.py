@@ -50,7 +50,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        *("coordinator init", "coordinator run", "client init", "client run", "export", "infer", "demo"),
+        *(
+            "coordinator init",
+            "coordinator run",
+            "coordinator rounds",
+            "client init",
+            "client run",
+            "export",
+            "infer",
+            "demo",
+        ),
         *("profiles list", "profiles show", "profiles detect"),
     ],
 )

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregate import aggregate
-from coordinator.collection import Collection, refuse_all
+from coordinator.aggregate import Contribution, aggregate
+from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from protocol.codec import encode_adapter
-from protocol.events import BrokerLink, ClientSeen, OfferTooLarge, UpdateArrived, UpdateUnreadable
-from protocol.messages import Status
+from protocol.events import BrokerLink, ClientSeen, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.messages import Status, Verdict
 
 START = 1000.0
 CLIENTS = ("ann", "bob", "cid", "dan")
@@ -106,6 +106,35 @@ def test_an_unreadable_and_an_oversized_update_get_an_answer(expected, arrival):
     assert collection.refused == [unreadable, large]
 
 
+def test_an_offer_is_wanted_or_answered_before_anything_travels(expected, arrival):
+    collection = Collection(expected, 3, START)
+    good = arrival("ann")
+    assert collection.take(OfferMade("ann", good.offer)) == Wanted("ann", good.offer)
+    assert collection.accepted == {}
+    for client, fields, reason in (
+        ("ann", {"round": 2}, "stale-round"),
+        ("ann", {"base": "0" * 64}, "wrong-base"),
+        ("eve", {}, "not-invited"),
+    ):
+        answer = collection.take(OfferMade(client, arrival(client, **fields).offer))
+        assert (answer.client, answer.verdict.reason) == (client, reason)
+    collection.take(good)
+    assert collection.take(OfferMade("ann", good.offer)).verdict.reason == "already-counted"
+
+
+def test_a_round_goes_on_with_what_it_had_before_a_restart(expected, arrival):
+    had = arrival("ann")
+    refusal = Answer("bob", arrival("bob").offer, Verdict(accepted=False, reason="not-finite"))
+    collection = Collection(expected, 2, START, {"ann": Contribution(had.offer, had.update)}, [refusal])
+    assert collection.silent == ["bob", "cid", "dan"]
+    assert collection.refused == [refusal]
+    assert collection.take(arrival("ann")).verdict.reason == "already-counted"
+    assert collection.patience(START) == 100.0
+    assert collection.take(arrival("cid")).verdict.accepted
+    assert collection.has_quorum
+    assert collection.accepted["ann"].update is had.update
+
+
 @pytest.mark.parametrize("event", [BrokerLink(up=False), ClientSeen("ann", Status(state="online"))], ids=["link", "seen"])
 def test_events_that_are_no_updates_get_no_answer(expected, event):
     assert Collection(expected, 1, START).take(event) is None
@@ -114,7 +143,12 @@ def test_events_that_are_no_updates_get_no_answer(expected, event):
 
 def test_between_rounds_every_kind_of_update_is_stale(arrival):
     good = arrival("ann")
-    for event in (good, UpdateUnreadable("ann", good.offer, "x"), OfferTooLarge("ann", good.offer, "x")):
+    for event in (
+        OfferMade("ann", good.offer),
+        good,
+        UpdateUnreadable("ann", good.offer, "x"),
+        OfferTooLarge("ann", good.offer, "x"),
+    ):
         answer = refuse_all(event)
         assert (answer.client, answer.offer, answer.verdict.reason) == ("ann", good.offer, "stale-round")
 

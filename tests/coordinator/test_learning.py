@@ -16,7 +16,8 @@ from coordinator.checks import Expectation, Start, check_update
 from coordinator.errors import FederationError
 from coordinator.learning import Knowledge, Learner, class_accuracy, stored
 from coordinator.recipe import FederationRecipe
-from coordinator.store import AttentionRecord, RoundRecord, Store, TextRecord
+from coordinator.records import AttentionRecord, Identity, RoundRecord, TextRecord
+from coordinator.store import Store
 from coordinator.text_bank import make_bank
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference, sha256
 from protocol.messages import Offer, RoundPlan, Update
@@ -27,6 +28,9 @@ SHAPES = {
     for block in range(2)
     for factor, shape in (("A", (2, 5)), ("B", (5, 2)))
 }
+IDENTITY = Identity(
+    federation="lab", model_digest="a" * 64, classes=CLASSES, rank=2, alpha=4.0, projections=("q_proj",), first_block=0
+)
 HELD = {"ann": {0: 12, 1: 5}, "bob": {1: 30, 2: 4}, "cid": {2: 9}}
 
 
@@ -290,11 +294,26 @@ def test_a_class_that_nobody_holds_has_no_accuracy(bank):
 # At rest.
 
 
+def a_plan(number):
+    return RoundPlan(
+        run="run-1",
+        start=1,
+        round=number,
+        state="open",
+        classes="c" * 64,
+        adapter=reference(b"the global adapter"),
+        participants=("ann", "bob", "cid"),
+        recipe=recipe().training(2),
+        seed=0,
+        deadline_s=60.0,
+    )
+
+
 def keep(store, number, known, lesson, accepted):
     """Keep a round as the coordinator's loop does."""
-    name, digest = store.save(number, known, lesson)
     text, attention = lesson.text, lesson.attention
-    store.save_record(
+    store.open(a_plan(number), dict.fromkeys(accepted, 2))
+    store.finish(
         RoundRecord(
             round=number,
             outcome="aggregated",
@@ -307,14 +326,15 @@ def keep(store, number, known, lesson, accepted):
             seconds=1.0,
             bytes_up={},
             bytes_down={},
-            adapter=name,
-            adapter_sha256=digest,
+            adapter_sha256=sha256(encode_adapter(known.adapter)),
             bank_version=known.bank.version,
             text=text and TextRecord.of(text),
             own=list(lesson.renewed),
             attention=attention and AttentionRecord.of(attention),
             class_accuracy=lesson.class_accuracy,
-        )
+        ),
+        known,
+        lesson,
     )
 
 
@@ -328,8 +348,10 @@ def run_round(store, learner, number, known, bank, clients=tuple(HELD)):
 @pytest.fixture
 def store(tmp_path, start):
     store = Store(tmp_path / "state")
-    store.save(0, start)
-    return store
+    store.begin(IDENTITY)
+    store.start(start)
+    yield store
+    store.close()
 
 
 @pytest.mark.parametrize("how", RECIPES.values(), ids=RECIPES)
@@ -344,6 +366,7 @@ def test_a_restart_between_two_rounds_leaves_no_trace_in_the_bits(bank, start, s
     for number, clients in ((1, ("ann", "bob", "cid")), (2, ("bob", "cid"))):
         known, _ = through.learn(contributions(bank, number, clients), known)
     run_round(store, Learner(bank, how, 0), 1, start, bank)
+    store.close()
     reopened, learner = Store(store.folder), Learner(bank, how, 0)
     number, found = reopened.resume(SHAPES, learner.text_shapes)
     assert number == 1
@@ -358,51 +381,6 @@ def test_a_new_federation_knows_the_bank_and_the_initial_adapter(start, store):
     assert bits(found) == bits(start)
 
 
-def test_a_crash_before_the_record_is_written_does_not_change_what_is_known(bank, start, store):
-    learner = Learner(bank, recipe(), 0)
-    for number in (1, 2):
-        before = bits(store.knowledge())
-        arrived = contributions(bank, number)
-        known, lesson = learner.learn(arrived, store.knowledge())
-        store.save(number, known, lesson)
-        assert bits(known) != before
-        assert bits(Store(store.folder).knowledge()) == before
-        assert Store(store.folder).resume(SHAPES, learner.text_shapes)[0] == number - 1
-        keep(store, number, known, lesson, arrived)
-
-
-def test_the_repeated_round_overwrites_what_the_crashed_one_left(bank, start, store):
-    learner = Learner(bank, recipe(), 0)
-    first = run_round(store, learner, 1, start, bank)
-    lost, lesson = learner.learn(contributions(bank, 2), first)
-    store.save(2, lost, lesson)
-    # After the restart other clients take part, with other updates.
-    found = Store(store.folder).knowledge()
-    known, lesson = Learner(bank, recipe(), 0).learn(contributions(bank, 77, ("bob",)), found)
-    keep(store, 2, known, lesson, ["bob"])
-    back = Store(store.folder).knowledge()
-    assert bits(back) == bits(known)
-    assert exact(back.own["ann"]) == exact(first.own["ann"]) != exact(lost.own["ann"])
-    assert exact(back.adapter) != exact(lost.adapter)
-    assert exact(back.text) != exact(lost.text)
-    assert back.bank.version == 3
-
-
-def test_a_round_that_is_repeated_without_training_the_text_side_leaves_the_crashed_version_unused(bank, start, store):
-    how = recipe("feddtl", first_block=0)
-    learner = Learner(bank, how, 0)
-    first = run_round(store, learner, 1, start, bank)
-    lost, lesson = learner.learn(contributions(bank, 2), first)
-    store.save(2, lost, lesson)
-    arrived = contributions(bank, 2, features=False)
-    known, lesson = Learner(bank, how, 0).learn(arrived, Store(store.folder).knowledge())
-    keep(store, 2, known, lesson, arrived)
-    assert bits(Store(store.folder).knowledge()) == bits(known)
-    third = run_round(store, learner, 3, known, bank)
-    assert third.bank.version == 3
-    assert bits(Store(store.folder).knowledge()) == bits(third)
-
-
 def test_a_version_of_the_class_bank_stays_readable_after_the_next(bank, start, store):
     first = run_round(store, Learner(bank, recipe(), 0), 1, start, bank)
     run_round(store, Learner(bank, recipe(), 0), 2, first, bank)
@@ -412,26 +390,13 @@ def test_a_version_of_the_class_bank_stays_readable_after_the_next(bank, start, 
 
 
 def test_a_round_writes_only_what_it_changed(bank, start, store):
-    run_round(store, Learner(bank, recipe(), 0), 1, start, bank, ("ann",))
-    written = sorted(str(path.relative_to(store.folder)) for path in store.folder.rglob("*") if path.is_file())
-    assert written == [
-        "adapter-0000.safetensors",
-        "adapter-0001.safetensors",
-        "bank-0001.safetensors",
-        "bank-0002.safetensors",
-        "own-0001/ann.safetensors",
-        "rounds.jsonl",
-        "text-0002.safetensors",
-    ]
-    record = store.records()[0]
-    assert record.adapter_sha256 == sha256(store.adapter_path(1).read_bytes())
-
-
-def test_an_own_adapter_that_the_records_name_is_missed_by_name(bank, start, store):
-    run_round(store, Learner(bank, recipe(), 0), 1, start, bank)
-    store.own_path(1, "bob").unlink()
-    with pytest.raises(FederationError, match=r"bob\.safetensors is missing.*restore it"):
-        store.knowledge()
+    before = set(store.blobs.digests())
+    known = run_round(store, Learner(bank, recipe(), 0), 1, start, bank, ("ann",))
+    made = [known.adapter, known.text, known.own["ann"]]
+    assert set(store.blobs.digests()) - before == {
+        sha256(blob) for blob in (encode_bank(known.bank), *(encode_adapter(adapter) for adapter in made))
+    }
+    assert store.records()[0].adapter_sha256 == sha256(encode_adapter(store.adapter(1)))
 
 
 def test_the_state_of_a_federation_with_another_text_rank_is_refused(bank, start, store):

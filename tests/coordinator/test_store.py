@@ -1,22 +1,39 @@
-"""A federation at rest: what a restart finds, and what it says when the folder is damaged or another federation's."""
+"""A federation at rest: what a restart finds, wherever the power was cut, and what it says when the state is damaged."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import event
 
 from clip_lora.lora import initial_adapter
+from coordinator.collection import Answer
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson, stored
 from coordinator.personal import Attention
-from coordinator.store import FIRST_BANK, AttentionRecord, Identity, Refusal, RoundRecord, Store, TextRecord
+from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
+from coordinator.store import FIRST_BANK, Store
 from coordinator.text_side import TextLoss
-from protocol.codec import encode_adapter, encode_bank, sha256
-from protocol.messages import TextBank
+from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, sha256
+from protocol.messages import TextBank, Verdict
 
 TEXT_SHAPES = {"text.0.lora_A": (1, 4), "text.0.lora_B": (4, 1)}
+IDENTITY = Identity(
+    federation="lab",
+    model_digest="a" * 64,
+    classes=("cat", "dog"),
+    rank=4,
+    alpha=8.0,
+    projections=("q_proj",),
+    first_block=0,
+)
+RANKS = {"ann": 2, "bob": 1, "cid": 2, "dan": 2}
 
 
 def a_bank(version=FIRST_BANK):
@@ -31,12 +48,12 @@ def lesson_of(*clients, text=True):
     return Lesson(TextLoss(2.0, 1.0, 5) if text else None, attention, {"cat": 0.5}, attention.clients if attention else ())
 
 
-def record(number, saved, version=FIRST_BANK, own=(), outcome="aggregated"):
+def record(number, known, own=(), outcome="aggregated"):
     return RoundRecord(
         round=number,
         outcome=outcome,
         accepted=["ann"],
-        rejected=[Refusal(client="bob", reason="not-finite", detail="x holds NaN")],
+        rejected=[Refusal(client="bob", reason="not-finite", detail="x\u2028y\x85z")],
         silent=["cid"],
         samples=10,
         loss=0.5,
@@ -44,9 +61,8 @@ def record(number, saved, version=FIRST_BANK, own=(), outcome="aggregated"):
         seconds=1.5,
         bytes_up={"ann": 100},
         bytes_down={"ann": 200},
-        adapter=saved[0],
-        adapter_sha256=saved[1],
-        bank_version=version,
+        adapter_sha256=sha256(encode_adapter(known.adapter)),
+        bank_version=known.bank.version,
         text=TextRecord(loss_before=2.0, loss_after=1.0, samples=5),
         own=list(own),
         attention=AttentionRecord(clients=["ann"], sources=["ann"], weights=[[1.0]], entropy=[0.0]),
@@ -54,20 +70,36 @@ def record(number, saved, version=FIRST_BANK, own=(), outcome="aggregated"):
     )
 
 
-def same(one, other):
-    """Whether two states of knowledge are the same bits."""
+def bits(known):
+    """What is known, bit for bit; None before the start."""
+    if known is None:
+        return None
+    text = None if known.text is None else encode_adapter(known.text)
+    own = {client: encode_adapter(adapter) for client, adapter in known.own.items()}
+    return encode_bank(known.bank), encode_adapter(known.adapter), text, own
 
-    def bits(known):
-        text = None if known.text is None else encode_adapter(known.text)
-        own = {client: encode_adapter(adapter) for client, adapter in known.own.items()}
-        return encode_bank(known.bank), encode_adapter(known.adapter), text, own
 
-    return bits(one) == bits(other)
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request):
+    """Where the journal is: a file of the state folder, or an empty database of a real server."""
+    return None if request.param == "sqlite" else request.getfixturevalue("postgres")()
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "state")
+def new_store(tmp_path, url):
+    """Open the store, as a coordinator that starts does; it stops at the end of the test, or when the next one starts."""
+    opened = []
+
+    def make(**how):
+        for earlier in opened:
+            earlier.close()
+        opened.append(Store(tmp_path / "state", url, **how))
+        opened[-1].begin(IDENTITY)
+        return opened[-1]
+
+    yield make
+    for earlier in opened:
+        earlier.close()
 
 
 @pytest.fixture
@@ -82,91 +114,126 @@ def history(shapes):
 
 
 @pytest.fixture
-def after_two_rounds(store, history):
-    start, first, second = history
-    store.save(0, start)
-    store.save_record(record(1, store.save(1, first, lesson_of("ann", "bob")), 2, ["ann", "bob"]))
-    store.save_record(record(2, store.save(2, second, lesson_of("ann", "cid", text=False)), 2, ["ann", "cid"]))
-    return store
+def run_rounds(plan, history):
+    """Bring a store through two rounds."""
+
+    def run(store):
+        start, first, second = history
+        store.start(start)
+        store.open(plan.model_copy(update={"round": 1}), RANKS)
+        store.finish(record(1, first, ["ann", "bob"]), first, lesson_of("ann", "bob"))
+        store.open(plan.model_copy(update={"round": 2}), RANKS)
+        store.finish(record(2, second, ["ann", "cid"]), second, lesson_of("ann", "cid", text=False))
+        return store
+
+    return run
 
 
-def test_a_folder_that_is_not_there_starts_from_nothing(store, shapes):
+@pytest.fixture
+def after_two_rounds(new_store, run_rounds):
+    return run_rounds(new_store())
+
+
+@pytest.fixture
+def answer(make_update, make_offer):
+    """An answer to an update, and the update's blob."""
+
+    def make(client, seed=0, reason="accepted", **fields):
+        update = make_update(seed)
+        verdict = Verdict(reason == "accepted", reason, "" if reason == "accepted" else "why")
+        return Answer(client, make_offer(update, **fields), verdict), encode_update(update)
+
+    return make
+
+
+def test_a_folder_that_is_not_there_starts_from_nothing_and_looking_makes_none(tmp_path, shapes):
+    store = Store(tmp_path / "state")
     assert store.records() == []
+    assert store.run() is None
+    assert store.knowledge() is None
+    assert store.opened() is None
     assert store.resume(shapes, TEXT_SHAPES) == (0, None)
+    assert not (tmp_path / "state").exists()
 
 
-def test_a_federation_stopped_before_its_first_record_keeps_its_initial_adapter(store, history, shapes):
-    store.save(0, history[0])
-    number, found = store.resume(shapes, TEXT_SHAPES)
+def test_a_federation_stopped_before_its_first_round_keeps_its_initial_adapter(new_store, history, shapes):
+    new_store().start(history[0])
+    number, found = new_store().resume(shapes, TEXT_SHAPES)
     assert number == 0
-    assert same(found, history[0])
+    assert bits(found) == bits(history[0])
 
 
-def test_a_restart_continues_with_all_that_was_known_after_the_newest_round(after_two_rounds, history, shapes):
-    number, known = Store(after_two_rounds.folder).resume(shapes, TEXT_SHAPES)
+def test_a_restart_continues_with_all_that_was_known_after_the_newest_round(after_two_rounds, new_store, history, shapes):
+    number, known = new_store().resume(shapes, TEXT_SHAPES)
     assert number == 2
-    assert same(known, history[2])
-    assert same(Store(after_two_rounds.folder).knowledge(), history[2])
+    assert bits(known) == bits(history[2])
 
 
-def test_what_a_round_saved_without_its_record_did_not_happen(after_two_rounds, history, shapes):
-    later = Knowledge(a_bank(3), initial_adapter(shapes, 20), history[2].text, {"ann": initial_adapter(shapes, 21)})
-    after_two_rounds.save(3, later, lesson_of("ann"))
-    number, known = after_two_rounds.resume(shapes, TEXT_SHAPES)
-    assert number == 2
-    assert same(known, history[2])
+def test_others_may_look_while_a_coordinator_is_at_work(after_two_rounds, url, history):
+    reader = Store(after_two_rounds.folder, url)
+    assert bits(reader.knowledge()) == bits(history[2])
+    assert [found.round for found in reader.records()] == [1, 2]
+    reader.close()
 
 
-def test_a_round_that_was_missed_keeps_what_was_known(after_two_rounds, history, shapes):
-    saved = after_two_rounds.save(3, history[2], NO_LESSON)
-    after_two_rounds.save_record(record(3, saved, 2, outcome="quorum-missed"))
-    number, known = after_two_rounds.resume(shapes, TEXT_SHAPES)
+def test_a_second_coordinator_is_turned_away_until_the_first_has_stopped(after_two_rounds, url):
+    second = Store(after_two_rounds.folder, url)
+    with pytest.raises(FederationError, match=r"another coordinator is at work in .*state"):
+        second.begin(IDENTITY)
+    after_two_rounds.close()
+    assert second.begin(IDENTITY)[1] == 2
+    second.close()
+
+
+def test_a_round_that_was_missed_keeps_what_was_known(after_two_rounds, new_store, history, plan, shapes):
+    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.finish(record(3, history[2], outcome="quorum-missed"), history[2], NO_LESSON)
+    number, known = new_store().resume(shapes, TEXT_SHAPES)
     assert number == 3
-    assert same(known, history[2])
+    assert bits(known) == bits(history[2])
 
 
-def test_records_come_back_as_they_were_written_in_order(after_two_rounds):
-    records = Store(after_two_rounds.folder).records()
-    assert [item.round for item in records] == [1, 2]
-    saved = ("adapter-0002.safetensors", records[1].adapter_sha256)
-    assert records[1] == record(2, saved, 2, ["ann", "cid"])
+def test_records_come_back_as_they_were_written_in_order(after_two_rounds, new_store, history):
+    records = new_store().records()
+    assert records == [record(1, history[1], ["ann", "bob"]), record(2, history[2], ["ann", "cid"])]
 
 
-def test_the_digest_of_a_saved_adapter_is_that_of_the_file(store, history):
-    name, digest = store.save(7, history[1])
-    assert name == "adapter-0007.safetensors"
-    assert digest == sha256((store.folder / name).read_bytes())
-
-
-def test_every_version_of_the_bank_is_kept_and_comes_back(after_two_rounds):
+def test_adapters_and_banks_come_back_by_the_round_that_made_them(after_two_rounds, history):
+    for number, known in enumerate(history):
+        assert encode_adapter(after_two_rounds.adapter(number)) == encode_adapter(known.adapter)
+    assert encode_adapter(after_two_rounds.own(1, "ann")) == encode_adapter(history[1].own["ann"])
+    assert encode_adapter(after_two_rounds.own(2, "ann")) == encode_adapter(history[2].own["ann"])
     for version in (1, 2):
         assert encode_bank(after_two_rounds.bank(version)) == encode_bank(a_bank(version))
-        assert after_two_rounds.bank_path(version).read_bytes() == encode_bank(a_bank(version))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_bank_that_cannot_be_read_is_named_with_the_cure(after_two_rounds, shapes, damage):
-    path = after_two_rounds.bank_path(2)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:20])
-    else:
-        path.unlink()
-    for look in (lambda: after_two_rounds.bank(2), lambda: after_two_rounds.resume(shapes, TEXT_SHAPES)):
-        with pytest.raises(FederationError, match=r"bank-0002\.safetensors.*restore it"):
-            look()
+def test_what_no_round_made_is_refused_by_name(after_two_rounds):
+    with pytest.raises(FederationError, match="no adapter of round 3: never made, or no longer kept"):
+        after_two_rounds.adapter(3)
+    with pytest.raises(FederationError, match="no bob own of round 2"):
+        after_two_rounds.own(2, "bob")
+    with pytest.raises(FederationError, match="no 7 bank"):
+        after_two_rounds.bank(7)
 
 
-def test_a_clients_own_adapter_that_the_records_name_and_is_missing_is_refused_by_name(after_two_rounds, shapes):
-    after_two_rounds.own_path(1, "bob").unlink()
-    with pytest.raises(FederationError, match=r"bob\.safetensors is missing.*restore it"):
+def blob_of(store, what):
+    return store.blobs.path(sha256(what))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
+@pytest.mark.parametrize("what", ["bank", "adapter", "own"])
+def test_a_blob_that_is_damaged_is_named_with_the_cure(after_two_rounds, history, shapes, what, damage):
+    known = history[2]
+    blob = {
+        "bank": encode_bank(known.bank),
+        "adapter": encode_adapter(known.adapter),
+        "own": encode_adapter(known.own["bob"]),
+    }
+    path = blob_of(after_two_rounds, blob[what])
+    data = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes(data[:20] if damage == "cut" else data[:-1] + b"\x5a")
+    with pytest.raises(FederationError, match=rf"{path.name} is (missing|damaged).*restore it, or move .*state aside"):
         after_two_rounds.resume(shapes, TEXT_SHAPES)
-
-
-def test_the_clients_files_of_a_round_are_only_those_that_it_made(after_two_rounds):
-    folder = after_two_rounds.folder
-    owned = sorted(str(path.relative_to(folder)) for path in folder.glob("own-*/*"))
-    expected = [(1, "ann"), (1, "bob"), (2, "ann"), (2, "cid")]
-    assert owned == [f"own-{number:04d}/{client}.safetensors" for number, client in expected]
 
 
 def test_a_text_adapter_of_another_shape_is_refused_with_the_cure(after_two_rounds, shapes):
@@ -174,6 +241,12 @@ def test_a_text_adapter_of_another_shape_is_refused_with_the_cure(after_two_roun
     with pytest.raises(FederationError, match=r"another federation.*set `state` to a new folder"):
         after_two_rounds.resume(shapes, wider)
     assert after_two_rounds.resume(shapes, None)[0] == 2
+
+
+def test_the_state_of_a_federation_with_another_rank_is_refused_with_the_cure(after_two_rounds, shapes):
+    other = {name: (rows * 2, columns) for name, (rows, columns) in shapes.items()}
+    with pytest.raises(FederationError, match=r"another federation.*set `state` to a new folder"):
+        after_two_rounds.resume(other, TEXT_SHAPES)
 
 
 def test_clients_start_from_their_own_adapter_or_the_global_one_at_their_rank(history):
@@ -186,85 +259,283 @@ def test_clients_start_from_their_own_adapter_or_the_global_one_at_their_rank(hi
     assert wide["layer.0.lora_B"].shape == (6, 5)
 
 
-def test_nothing_but_whole_files_is_left_behind(after_two_rounds):
-    names = sorted(path.name for path in after_two_rounds.folder.iterdir())
-    adapters = [f"adapter-000{number}.safetensors" for number in range(3)]
-    banks = ["bank-0001.safetensors", "bank-0002.safetensors"]
-    assert names == [*adapters, *banks, "own-0001", "own-0002", "rounds.jsonl", "text-0002.safetensors"]
-
-
-@pytest.mark.parametrize("damage", ["{", '{"round": 1}\n', "not json\n", '\n{"round": 1}\n'])
-def test_damaged_records_are_refused_with_the_file_and_the_cure(after_two_rounds, shapes, damage):
-    path = after_two_rounds.folder / "rounds.jsonl"
-    path.write_text(path.read_text() + damage)
-    with pytest.raises(FederationError, match=r"rounds\.jsonl is damaged.*move .* aside"):
-        after_two_rounds.resume(shapes, TEXT_SHAPES)
-
-
-def test_records_overwritten_with_binary_are_refused_with_the_file_and_the_cure(after_two_rounds, shapes):
-    (after_two_rounds.folder / "rounds.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FederationError, match=r"rounds\.jsonl is damaged"):
-        after_two_rounds.resume(shapes, TEXT_SHAPES)
-
-
-def test_a_missing_adapter_that_the_records_name_is_refused_by_name(after_two_rounds, shapes):
-    after_two_rounds.adapter_path(2).unlink()
-    with pytest.raises(FederationError, match=r"adapter-0002\.safetensors is missing.*restore it"):
-        after_two_rounds.resume(shapes, TEXT_SHAPES)
-
-
-def test_the_state_of_a_federation_with_another_rank_is_refused_with_the_cure(after_two_rounds, shapes):
-    other = {name: (rows * 2, columns) for name, (rows, columns) in shapes.items()}
-    with pytest.raises(FederationError, match=r"another federation.*set `state` to a new folder"):
-        after_two_rounds.resume(other, TEXT_SHAPES)
-
-
-def test_the_state_of_a_federation_with_other_projections_is_refused(after_two_rounds, shapes):
-    fewer = {name: shape for name, shape in shapes.items() if name.startswith("layer.0")}
-    with pytest.raises(FederationError, match=r"differ in 2 factors"):
-        after_two_rounds.resume(fewer, TEXT_SHAPES)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 60, -1])
-def test_a_truncated_adapter_is_refused(after_two_rounds, shapes, keep):
-    path = after_two_rounds.adapter_path(2)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(FederationError, match="state"):
-        after_two_rounds.resume(shapes, TEXT_SHAPES)
-
-
-def test_a_detail_with_odd_line_ends_keeps_the_records_readable(tmp_path):
-    store = Store(tmp_path)
-    odd = Refusal(client="eve", reason="wrong-names", detail="a\u2028b\x85c")
-    for number in (1, 2):
-        store.save_record(record(number, ("a", "b")).model_copy(update={"rejected": [odd]}))
-    assert [record.rejected for record in store.records()] == [[odd], [odd]]
-
-
-IDENTITY = Identity(
-    federation="lab",
-    model_digest="a" * 64,
-    classes=("cat", "dog"),
-    rank=4,
-    alpha=8.0,
-    projections=("q_proj",),
-    first_block=0,
-)
-
-
-def test_a_run_keeps_its_name_and_counts_its_starts(tmp_path):
-    (name, first), (again, second) = (Store(tmp_path).begin(IDENTITY) for _ in range(2))
-    assert (name, first, second) == (again, 1, 2)
+def test_a_run_keeps_its_name_and_counts_its_starts(tmp_path, url):
+    found = []
+    for _ in range(2):
+        store = Store(tmp_path, url)
+        found.append(store.begin(IDENTITY))
+        store.close()
+    assert found == [(found[0][0], 1), (found[0][0], 2)]
 
 
 @pytest.mark.parametrize(("key", "value"), [("classes", ("dog", "cat")), ("alpha", 4.0), ("model_digest", "b" * 64)])
-def test_a_state_folder_of_another_federation_is_refused_naming_what_differs(tmp_path, key, value):
-    Store(tmp_path).begin(IDENTITY)
+def test_a_state_folder_of_another_federation_is_refused_naming_what_differs(new_store, key, value):
     with pytest.raises(FederationError, match=key):
-        Store(tmp_path).begin(IDENTITY.model_copy(update={key: value}))
+        new_store().begin(IDENTITY.model_copy(update={key: value}))
 
 
-def test_a_damaged_run_file_is_named(tmp_path):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(FederationError, match=r"run\.json is damaged"):
-        Store(tmp_path).begin(IDENTITY)
+@pytest.mark.parametrize("damage", [b"", b"not a database at all, but long enough to have a header" * 20])
+def test_a_damaged_journal_is_named_with_the_cure(tmp_path, damage):
+    (tmp_path / "journal.db").write_bytes(damage)
+    store = Store(tmp_path)
+    if damage:
+        with pytest.raises(
+            FederationError, match=r"the journal .*journal\.db cannot be used .*restore it, or move .* aside"
+        ):
+            store.records()
+    else:
+        assert store.records() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [("UPDATE run SET version = 99", "version 99, this clipcast reads 1"), ("UPDATE run SET about = '{'", "damaged Run")],
+)
+def test_a_journal_that_cannot_be_read_is_refused(tmp_path, damage, sentence):
+    store = Store(tmp_path)
+    store.begin(IDENTITY)
+    store.close()
+    with sqlite3.connect(tmp_path / "journal.db") as connection:
+        connection.execute(damage)
+    connection.close()
+    with pytest.raises(FederationError, match=sentence):
+        store.begin(IDENTITY)
+    store.close()
+
+
+def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path, free_port):
+    store = Store(tmp_path, f"postgresql+pg8000://me:secret@127.0.0.1:{free_port}/x")
+    with pytest.raises(FederationError, match=r"the journal postgresql.*127.* cannot be used") as caught:
+        store.begin(IDENTITY)
+    assert "secret" not in str(caught.value)
+    store.close()
+
+
+def test_what_is_no_address_of_a_database_is_refused(tmp_path):
+    with pytest.raises(FederationError, match=r"`journal` is not the address of a database: write e\.g\. postgresql"):
+        Store(tmp_path, "labserver")
+
+
+# The open round.
+
+
+def test_a_round_that_is_interrupted_is_found_with_all_that_was_answered(after_two_rounds, new_store, plan, answer):
+    after_two_rounds.open(plan, RANKS)
+    accepted, blob = answer("bob", 1)
+    refused, _ = answer("ann", 2, "not-finite")
+    after_two_rounds.keep(accepted, blob)
+    after_two_rounds.keep(refused, None)
+    opened = new_store().opened()
+    assert (opened.plan, opened.ranks, opened.refused) == (plan, RANKS, (refused,))
+    assert opened.accepted.keys() == {"bob"}
+    found = opened.accepted["bob"]
+    assert found.offer == accepted.offer
+    assert encode_bytes(found.update) == encode_bytes(decode_update(blob))
+
+
+def encode_bytes(update):
+    return {name: getattr(update, name).tobytes() for name in ("prototypes", "features", "labels", "prototype_counts")} | {
+        name: factor.tobytes() for name, factor in update.adapter.items()
+    }
+
+
+def test_between_rounds_none_is_open(after_two_rounds):
+    assert after_two_rounds.opened() is None
+
+
+def test_the_answer_to_an_update_is_found_again_after_its_round_and_a_restart(
+    after_two_rounds, new_store, plan, answer, history
+):
+    kept = [answer("bob", 1), answer("ann", 2, "not-finite")]
+    after_two_rounds.open(plan, RANKS)
+    for one, blob in kept:
+        after_two_rounds.keep(one, blob)
+    after_two_rounds.finish(record(3, history[2]), history[2], NO_LESSON)
+    store = new_store()
+    for one, _ in kept:
+        assert store.answered(one.client, one.offer) == one
+    other, _ = answer("bob", 3)
+    assert store.answered("bob", other.offer) is None
+    assert store.answered("ann", kept[0][0].offer) is None
+    assert store.answered("bob", kept[0][0].offer.model_copy(update={"round": 2})) is None
+
+
+def test_an_answer_is_kept_once_and_as_it_was_first_given(after_two_rounds, plan, answer):
+    after_two_rounds.open(plan, RANKS)
+    first, blob = answer("bob", 1)
+    after_two_rounds.keep(first, blob)
+    after_two_rounds.keep(dataclasses.replace(first, verdict=Verdict(False, "not-finite", "x")), None)
+    after_two_rounds.keep(first, blob)
+    assert after_two_rounds.answered("bob", first.offer) == first
+    assert list(after_two_rounds.opened().accepted) == ["bob"]
+
+
+def test_the_journal_itself_refuses_to_count_a_client_twice(after_two_rounds, plan, answer):
+    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.keep(*answer("bob", 1))
+    with pytest.raises(FederationError, match="the journal"):
+        after_two_rounds.keep(*answer("bob", 2))
+    assert len(after_two_rounds.opened().accepted) == 1
+
+
+def test_a_round_that_begins_anew_forgets_what_it_had(after_two_rounds, plan, answer):
+    after_two_rounds.open(plan, RANKS)
+    kept, blob = answer("bob", 1)
+    after_two_rounds.keep(kept, blob)
+    after_two_rounds.open(plan, {"ann": 2})
+    assert after_two_rounds.opened().accepted == {}
+    assert after_two_rounds.opened().ranks == {"ann": 2}
+    assert after_two_rounds.answered("bob", kept.offer) is None
+
+
+def test_an_update_stays_on_the_disk_until_its_round_is_over(after_two_rounds, plan, answer, history):
+    kept, blob = answer("bob", 1)
+    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.keep(kept, blob)
+    assert blob_of(after_two_rounds, blob).read_bytes() == blob
+    after_two_rounds.finish(record(3, history[2]), history[2], NO_LESSON)
+    assert not blob_of(after_two_rounds, blob).exists()
+
+
+def test_blobs_that_nothing_names_are_swept_at_the_start(after_two_rounds, new_store, history):
+    orphan = after_two_rounds.blobs.put(b"from a transaction that never was")
+    half = after_two_rounds.blobs.folder / ".abc.safetensors.tmp"
+    half.write_bytes(b"half")
+    before = set(after_two_rounds.blobs.digests())
+    store = new_store()
+    assert before - set(store.blobs.digests()) == {orphan}
+    assert not half.exists()
+    assert bits(store.knowledge()) == bits(history[2])
+
+
+def test_another_journal_over_the_same_folder_is_refused_and_loses_nothing(tmp_path, run_rounds, history, postgres):
+    first = Store(tmp_path)
+    first.begin(IDENTITY)
+    run_rounds(first)
+    first.close()
+    second = Store(tmp_path, postgres())
+    with pytest.raises(FederationError, match=r"blobs holds blobs that the journal .* knows nothing of: set `journal` back"):
+        second.begin(IDENTITY)
+    second.close()
+    assert bits(Store(tmp_path).knowledge()) == bits(history[2])
+
+
+def test_old_rounds_are_pruned_but_the_start_the_newest_and_all_records_stay(new_store, plan, shapes):
+    text = stored(initial_adapter(TEXT_SHAPES, 9))
+    store = new_store(keep_rounds=2)
+    known = Knowledge(a_bank(), stored(initial_adapter(shapes, 0)))
+    store.start(known)
+    for number in range(1, 7):
+        own = {**known.own, ("ann" if number == 1 else "bob"): stored(initial_adapter(shapes, 100 + number))}
+        bank = a_bank(number + 1) if number < 3 else known.bank
+        known = Knowledge(bank, stored(initial_adapter(shapes, number)), text, own)
+        store.open(plan.model_copy(update={"round": number}), RANKS)
+        lesson = lesson_of(*(["ann"] if number == 1 else ["bob"]), text=number < 3)
+        store.finish(record(number, known), known, lesson)
+        assert bits(store.knowledge()) == bits(known)
+    assert [found.round for found in store.records()] == [1, 2, 3, 4, 5, 6]
+    held = [number for number in range(7) if holds(store.adapter, number)]
+    assert held == [0, 5, 6]
+    assert [version for version in range(1, 5) if holds(store.bank, version)] == [1, 3]
+    assert [number for number in range(1, 7) if holds(store.own, number, "bob")] == [5, 6]
+    assert holds(store.own, 1, "ann")
+    wanted = 3 + 2 + 3 + 1  # adapters, banks, own ones, the text adapter
+    assert len(list(store.blobs.digests())) == wanted
+
+
+def holds(look, *which):
+    try:
+        look(*which)
+    except FederationError:
+        return False
+    return True
+
+
+# Wherever the power is cut.
+
+
+class PowerCut(BaseException):
+    """Nothing after this point happened."""
+
+
+class Cutter:
+    """Cuts the power at the k-th point: before or after a sync, a rename or a removal, or before a commit."""
+
+    def __init__(self, monkeypatch, store, at):
+        self.count, self.at = 0, at
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
+        engine = store._journal._open()
+        event.listen(engine, "commit", lambda _: self._point())
+
+    def _point(self):
+        self.count += 1
+        if self.count == self.at:
+            raise PowerCut
+
+    def _around(self, operation):
+        def cut(*args, **kwargs):
+            self._point()
+            result = operation(*args, **kwargs)
+            self._point()
+            return result
+
+        return cut
+
+
+@pytest.mark.parametrize("step", ["start", "open", "keep", "finish"])
+def test_whatever_the_point_of_a_power_cut_the_step_happened_or_did_not_and_can_be_repeated(
+    tmp_path, history, plan, answer, step
+):
+    """Every durable operation of a step as the end of the process: then a restart looks, and takes the step (again)."""
+    kept, blob = answer("bob", 1)
+    steps = {
+        "start": lambda store: store.start(history[0]),
+        "open": lambda store: store.open(plan, RANKS),
+        "keep": lambda store: store.keep(kept, blob),
+        "finish": lambda store: store.finish(
+            record(plan.round, history[1], ["ann", "bob"]), history[1], lesson_of("ann", "bob")
+        ),
+    }
+    before = list(steps)[: list(steps).index(step)]
+
+    def state(store):
+        opened = store.opened()
+        held = opened and (opened.plan, sorted(opened.accepted))
+        return bits(store.knowledge()), held, store.records(), store.answered("bob", kept.offer)
+
+    def fresh(folder):
+        store = Store(folder)
+        store.begin(IDENTITY)
+        for name in before:
+            steps[name](store)
+        return store
+
+    calm = fresh(tmp_path / "calm")
+    old = state(calm)
+    steps[step](calm)
+    new, blobs = state(calm), set(calm.blobs.digests())
+    calm.close()
+    assert old != new
+    happened = set()
+    for at in range(1, 200):
+        store = fresh(tmp_path / str(at))
+        with pytest.MonkeyPatch.context() as patch:
+            cutter = Cutter(patch, store, at)
+            with contextlib.suppress(PowerCut):
+                steps[step](store)
+            store.close()
+        if cutter.count < at:
+            break
+        store = Store(tmp_path / str(at))
+        store.begin(IDENTITY)
+        happened.add(state(store) == new)
+        assert state(store) in (old, new)
+        if state(store) == old:
+            steps[step](store)
+        assert state(store) == new
+        assert set(store.blobs.digests()) == blobs
+        store.close()
+    assert at > 1
+    assert False in happened
+    assert True in happened or step != "finish"  # the others' commit is their last operation

@@ -17,7 +17,7 @@ from edge_client.train import TrainingStopped
 from protocol.bus import MemoryBroker
 from protocol.client_end import ClientEnd
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.events import ClientSeen, PlanReady, UpdateArrived
+from protocol.events import ClientSeen, OfferMade, PlanReady, UpdateArrived
 from protocol.link import Link
 from protocol.messages import Status, Verdict
 
@@ -62,6 +62,8 @@ class Lab:
                 if event.status.detail == leave_when:
                     self.stop.set()
                     self.client_link.wake()
+            elif isinstance(event, OfferMade):
+                self.end.fetch(event.client, event.offer)
             elif isinstance(event, UpdateArrived):
                 self.updates.append(event)
                 self.link.do(self.end.answer(event.client, event.offer, Verdict(accepted=True)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-import socket
 import time
 from collections.abc import Callable, Iterable
 
@@ -14,6 +13,7 @@ import pytest
 from protocol.bus import Action, Connected, Delivery, Publish, Subscribe, matches
 from protocol.client_end import ClientEnd
 from protocol.coordinator_end import CoordinatorEnd
+from protocol.events import OfferMade
 
 STEP_S = 0.05
 Ends = dict[str, ClientEnd | CoordinatorEnd]
@@ -30,14 +30,6 @@ def _wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 20
 def wait_until() -> Callable[..., None]:
     """Wait for a condition with a deadline."""
     return _wait_until
-
-
-@pytest.fixture
-def free_port() -> int:
-    """Return a port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Network:
@@ -111,6 +103,9 @@ class Network:
         actions, events = self.ends[name].handle(event, self.now)
         self.events[name].extend(events)
         self.do(name, actions)
+        for made in events:
+            if isinstance(made, OfferMade):  # as a coordinator does that has no objection
+                self.ends[name].fetch(made.client, made.offer)
 
     def _publish(self, message: Publish) -> None:
         self.published.append(message)

@@ -241,7 +241,8 @@ def test_an_offer_of_absurdly_many_chunks_is_refused_before_it_is_an_offer():
     small = f'"chunk_size":{MIN_CHUNK_SIZE}'.encode()
     give(end, Delivery(good.topic, good.payload.replace(f'"chunk_size":{CHUNK_SIZE}'.encode(), small)))
     assert end.tick(2.0, 8) == []
-    give(end, good)
+    (made,) = give(end, good)
+    end.fetch(made.client, made.offer)
     assert len(end.tick(2.0, 8)) == 1
 
 

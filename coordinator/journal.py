@@ -1,0 +1,181 @@
+"""The journal: the tables in which a coordinator keeps what a restart must find, in SQLite or PostgreSQL.
+
+SQLite writes ahead and syncs at every commit (WAL, `synchronous=FULL`): what was committed survives `kill -9` and a power
+cut. The tables are the same on PostgreSQL. Blobs are files (blobs.py); a row names them, and is written after its blobs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    inspect,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from coordinator.errors import FederationError
+from protocol.files import make_folder
+
+FILE = "journal.db"
+LOCK = "lock"
+VERSION = 1
+
+_tables = MetaData()
+
+RUN = Table(
+    "run",
+    _tables,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+    Column("about", Text, nullable=False),
+)
+"""One row: this run of the federation (records.Run as JSON), and the version of these tables."""
+
+ROUNDS = Table(
+    "rounds",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("plan", Text, nullable=False),
+    Column("ranks", Text, nullable=False),
+    Column("record", Text),
+)
+"""A round: its plan and each participant's rank; its record once it is over. At most one has none: the open one."""
+
+UPDATES = Table(
+    "updates",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("client", String(128), primary_key=True),
+    Column("sha256", String(64), primary_key=True),
+    Column("offer", Text, nullable=False),
+    Column("accepted", Boolean, nullable=False),
+    Column("reason", String(64), nullable=False),
+    Column("detail", Text, nullable=False),
+)
+"""The answer to each update of a participant. The blob of an accepted one is kept until its round is over."""
+
+ONE_ACCEPTED = Index(
+    "one_accepted_update",
+    UPDATES.c.number,
+    UPDATES.c.client,
+    unique=True,
+    sqlite_where=UPDATES.c.accepted,
+    postgresql_where=UPDATES.c.accepted,
+)
+"""A client counts at most once in a round, whatever the code above believes."""
+
+KEPT = Table(
+    "kept",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("kind", String(16), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+)
+"""What each round made, by the hash of its blob: the global adapter, a bank, a text adapter, a client's own adapter."""
+
+
+class Journal:
+    """The tables of one federation, in a file of its state folder or in the database at `url`."""
+
+    def __init__(self, folder: Path, url: str | None = None) -> None:
+        self._folder = folder
+        self._file = folder / FILE if url is None else None
+        self._url = URL.create("sqlite", database=str(folder / FILE)) if url is None else _parse(url)
+        self._engine: Engine | None = None
+        self._lock: IO[bytes] | None = None
+
+    def __str__(self) -> str:
+        return str(self._file or self._url)  # SQLAlchemy hides the password
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection | None]:
+        """Give a connection to look with, None if nothing was ever written; raises FederationError."""
+        if self._file is not None and not self._file.exists():
+            yield None
+            return
+        with self._told(), self._open().connect() as connection:
+            yield connection if inspect(connection).has_table(RUN.name) else None
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Give a transaction: committed as a whole at the end, or not at all; raises FederationError."""
+        with self._told(), self._open().begin() as connection:
+            yield connection
+
+    def prepare(self) -> None:
+        """Make this process the only coordinator of the folder, and the tables; raises FederationError."""
+        make_folder(self._folder)
+        if self._lock is None:
+            lock = (self._folder / LOCK).open("wb")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.close()
+                raise FederationError(
+                    f"another coordinator is at work in {self._folder}: stop it, or set `state` to a new folder"
+                ) from error
+            self._lock = lock
+        with self._told(), self._open().begin() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
+            _tables.create_all(connection)
+
+    def close(self) -> None:
+        """Let go of the folder and the database."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            self._engine = create_engine(self._url)
+            if self._engine.dialect.name == "sqlite":
+                event.listen(self._engine, "connect", _make_durable)
+        return self._engine
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what is wrong with the database in the operator's words."""
+        try:
+            yield
+        except SQLAlchemyError as error:
+            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+            cure = f"restore it, or move {self._folder} aside to start anew" if self._file else "see its log"
+            raise FederationError(f"the journal {self} cannot be used ({cause}): {cure}") from error
+
+
+def _parse(url: str) -> URL:
+    try:
+        return make_url(url)
+    except ArgumentError as error:
+        raise FederationError(
+            "`journal` is not the address of a database: write e.g. postgresql+pg8000://user@host/name"
+        ) from error
+
+
+def _make_durable(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout=30000", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

@@ -1,0 +1,103 @@
+"""What a federation says about itself: the record of every round, and what must stay the same between rounds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from coordinator.personal import Attention
+from coordinator.text_side import TextLoss
+
+
+class Refusal(BaseModel):
+    """A rejected update."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    client: str
+    reason: str
+    detail: str
+
+
+class TextRecord(BaseModel):
+    """The text side's training: weighted CE before and after, number of samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    loss_before: float
+    loss_after: float
+    samples: int
+
+    @classmethod
+    def of(cls, loss: TextLoss) -> TextRecord:
+        """Return how a training went."""
+        return cls(loss_before=loss.before, loss_after=loss.after, samples=loss.samples)
+
+
+class AttentionRecord(BaseModel):
+    """Who listened to whom: weights by client (rows) and source, and each row's entropy in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    clients: list[str]
+    sources: list[str]
+    weights: list[list[float]]
+    entropy: list[float]
+
+    @classmethod
+    def of(cls, attention: Attention) -> AttentionRecord:
+        """Return an attention as lists."""
+        return cls(
+            clients=list(attention.clients),
+            sources=list(attention.sources),
+            weights=attention.weights.tolist(),
+            entropy=attention.entropy.tolist(),
+        )
+
+
+class RoundRecord(BaseModel):
+    """What happened in a round. Bytes are payload bytes by client; loss and accuracy are the clients' own, weighted.
+
+    `class_accuracy` is the share of the clients' own pictures of a class that they predicted correctly after training;
+    `own` names the clients whose own adapters the round made; `bank_version` is the class bank that goes with the global
+    adapter, whose blob is named by `adapter_sha256`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    round: int
+    outcome: Literal["aggregated", "quorum-missed"]
+    accepted: list[str]
+    rejected: list[Refusal]
+    silent: list[str]
+    samples: int
+    loss: float | None
+    train_accuracy: float | None
+    seconds: float
+    bytes_up: dict[str, int]
+    bytes_down: dict[str, int]
+    adapter_sha256: str
+    bank_version: int
+    text: TextRecord | None = None
+    own: list[str] = []
+    attention: AttentionRecord | None = None
+    class_accuracy: dict[str, float] = {}
+
+
+class Identity(BaseModel):
+    """What must not change between a federation's rounds; an adapter means something only together with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    federation: str
+    model_digest: str
+    classes: tuple[str, ...]
+    rank: int
+    alpha: float
+    projections: tuple[str, ...]
+    first_block: int
+
+
+class Run(BaseModel):
+    """One run of a federation, over all starts of its coordinator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    starts: int
+    identity: Identity
