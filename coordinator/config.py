@@ -65,6 +65,7 @@ url = "{broker}"                      # mqtts:// for TLS
 # username = "coordinator"
 # password_file = "password.txt"
 # ca_file = "ca.pem"
+# tls_version = "1.2"                 # the oldest TLS that is spoken; 1.3 unless the broker knows no better
 """
 
 

@@ -34,6 +34,7 @@ url = "{broker}"
 # username = "{id}"
 # password_file = "password.txt"
 # ca_file = "ca.pem"             # with mqtts:// and a private authority
+# tls_version = "1.2"            # the oldest TLS that is spoken; 1.3 unless the broker knows no better
 """
 
 

@@ -34,6 +34,7 @@ WINDOW = 8
 PACKET_OVERHEAD = 64
 RETRY_BASE_S = 1.0
 RETRY_CAP_S = 60.0
+TLS_VERSIONS = {"1.3": ssl.TLSVersion.TLSv1_3, "1.2": ssl.TLSVersion.TLSv1_2}
 NO_ANSWER = "no answer"
 FOREVER_REFUSED = ("Not authorized", "Bad user name or password", "Client identifier not valid", "Banned")
 
@@ -263,7 +264,7 @@ def _tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
     if not settings.tls:
         return None
     context = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.minimum_version = TLS_VERSIONS[settings.tls_version]
     if settings.cert_file:
         context.load_cert_chain(settings.cert_file, settings.key_file)
     return context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -23,7 +23,10 @@ class SettingsError(ValueError):
 
 
 class BrokerSettings(BaseModel):
-    """Where the broker is and how to be let in. `mqtts://` means TLS; `ca_file` is needed for a private authority."""
+    """Where the broker is and how to be let in. `mqtts://` means TLS; `ca_file` is needed for a private authority.
+
+    `tls_version` is the oldest version of TLS that is spoken.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     url: str = "mqtt://localhost:1883"
@@ -32,6 +35,7 @@ class BrokerSettings(BaseModel):
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    tls_version: Literal["1.3", "1.2"] = "1.3"
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
     connect_timeout_s: Annotated[float, Field(gt=0)] = 20.0
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import socket
+import ssl
+import threading
 from base64 import b64encode
 
 import pytest
@@ -113,6 +117,46 @@ def test_a_broker_that_asks_for_a_client_certificate_refuses_whoever_has_none(tl
     url = tls(f"cafile {certificates}/ca.pem", "require_certificate true")
     with pytest.raises(BusError, match=r"cannot reach the broker at mqtts://"):
         open_bus(url, ca_file=certificates / "ca.pem", connect_timeout_s=2.0)
+
+
+@pytest.fixture
+def old_server(certificates):
+    """Port of a server that speaks TLS 1.2 at most, and the versions that were agreed on."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    agreed: list[str | None] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                secured = context.wrap_socket(connection, server_side=True)
+                agreed.append(secured.version())
+                secured.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield listener.getsockname()[1], agreed
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(10)
+
+
+@paho_leaves_socket
+def test_a_broker_that_speaks_tls_1_2_at_most_is_refused_unless_the_settings_allow_it(old_server, certificates):
+    port, agreed = old_server
+    url, how = f"mqtts://127.0.0.1:{port}", {"ca_file": certificates / "ca.pem", "connect_timeout_s": 2.0}
+    with pytest.raises(BusError, match=r"(?i)protocol.version"):
+        open_bus(url, **how)
+    assert agreed == []
+    with pytest.raises(BusError):  # it speaks no MQTT
+        open_bus(url, **how, tls_version="1.2")
+    assert set(agreed) == {"TLSv1.2"}
 
 
 @pytest.mark.parametrize("content", [None, "this is no certificate"])
