@@ -14,6 +14,7 @@ CODES = {
     "clip_lora.errors.ModelError": MODEL,
     "edge_client.errors.UnfitPlanError": MODEL,
     "edge_client.errors.DataError": DATA,
+    "edge_client.errors.StateError": SETTINGS,
     "coordinator.errors.FederationError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,

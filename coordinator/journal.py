@@ -6,7 +6,6 @@ cut. The tables are the same on PostgreSQL. Blobs are files (blobs.py); a row na
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +30,9 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from coordinator.errors import FederationError
-from protocol.files import make_folder
+from protocol.files import lock_folder
 
 FILE = "journal.db"
-LOCK = "lock"
 VERSION = 1
 
 _tables = MetaData()
@@ -122,17 +120,13 @@ class Journal:
 
     def prepare(self) -> None:
         """Make this process the only coordinator of the folder, and the tables; raises FederationError."""
-        make_folder(self._folder)
         if self._lock is None:
-            lock = (self._folder / LOCK).open("wb")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                lock.close()
+                self._lock = lock_folder(self._folder)
+            except BlockingIOError as error:
                 raise FederationError(
                     f"another coordinator is at work in {self._folder}: stop it, or set `state` to a new folder"
                 ) from error
-            self._lock = lock
         with self._told(), self._open().begin() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file

@@ -23,12 +23,12 @@ from sqlalchemy import Connection, delete, insert, or_, select, update
 from clip_lora.errors import ModelError
 from clip_lora.lora import Shapes, check_shapes
 from coordinator.aggregate import Contribution
-from coordinator.blobs import Blobs
 from coordinator.collection import Answer
 from coordinator.errors import FederationError
 from coordinator.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
+from protocol.blobs import BlobError, Blobs
 from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank
 from protocol.errors import WireError
 from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Verdict
@@ -175,15 +175,23 @@ class Store:
 
     def _adapter(self, digest: str) -> Adapter:
         try:
-            return decode_adapter(self.blobs.get(digest))
+            return decode_adapter(self._blob(digest))
         except WireError as error:
             raise self._foreign(error) from error
 
     def _bank(self, digest: str) -> TextBank:
         try:
-            return decode_bank(self.blobs.get(digest))
+            return decode_bank(self._blob(digest))
         except WireError as error:
             raise self._foreign(error) from error
+
+    def _blob(self, digest: str) -> bytes:
+        try:
+            return self.blobs.get(digest)
+        except BlobError as error:
+            raise FederationError(
+                f"the journal names a blob that cannot be used ({error}): restore it, or move {self.folder} aside"
+            ) from error
 
     def _foreign(self, error: Exception) -> FederationError:
         return FederationError(f"{self.folder} holds the state of another federation ({error}): set `state` to a new folder")
@@ -216,7 +224,7 @@ class Store:
         for found in answers:
             offer = _read(Offer, found.offer, self._journal)
             if found.accepted:
-                accepted[found.client] = Contribution(offer, decode_update(self.blobs.get(found.sha256)))
+                accepted[found.client] = Contribution(offer, decode_update(self._blob(found.sha256)))
             else:
                 refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
         plan = _read(RoundPlan, row.plan, self._journal)

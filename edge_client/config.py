@@ -22,6 +22,7 @@ federation = "{federation}"         # as the coordinator names it
 # A folder of pictures with one sub-folder per class, or "digits" (scikit-learn's handwritten digits, for a first try).
 data = "{data}"
 
+# state = "{id}-state"           # what survives a restart: downloads, and the update until its receipt
 # profile = "generic-cpu"        # a name from `clipcast profiles list`; without it the board is detected
 # bits = 4                       # 4, 8 or 32: overrides the profile
 # batch_size = 16                # upper limit for this device; the federation's recipe may ask for less
@@ -45,6 +46,7 @@ class ClientConfig(BaseModel):
     id: Name
     federation: Name
     data: str
+    state: Annotated[Path, Field(validate_default=True)] = Path()
     profile: str | None = None
     bits: Literal[4, 8, 32] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -57,6 +59,12 @@ class ClientConfig(BaseModel):
     @classmethod
     def _relative_to_the_file(cls, data: str, info: ValidationInfo) -> str:
         return data if data == DIGITS else beside(data, info)
+
+    @field_validator("state")
+    @classmethod
+    def _state_beside_the_file(cls, state: Path, info: ValidationInfo) -> Path:
+        default = f"{info.data.get('id', 'client')}-state"
+        return Path(beside(default if state == Path() else str(state), info))
 
     @field_validator("model")
     @classmethod

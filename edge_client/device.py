@@ -10,6 +10,7 @@ import torch
 from clip_lora.towers import default_device
 from edge_client.config import ClientConfig, Placement
 from edge_client.data import open_dataset
+from edge_client.outbox import Work
 from edge_client.participation import Participation
 from edge_client.train import Trainer
 from hardware_profiles.profile import Profile
@@ -30,8 +31,11 @@ def place(config: ClientConfig, profile: Profile) -> Placement:
     return Placement(config.bits or profile.bits, config.batch_size or profile.batch_size, profile.max_rank, device)
 
 
-def new_client(config: ClientConfig, profile: Profile) -> tuple[Trainer, Participation, Status]:
-    """Return what a client consists of besides its link: trainer, part in the federation, first status."""
+def new_client(config: ClientConfig, profile: Profile, done: Work | None = None) -> tuple[Trainer, Participation, Status]:
+    """Return what a client consists of besides its link: trainer, part in the federation, first status.
+
+    `done` is what the outbox holds.
+    """
     placement = place(config, profile)
     status = Status(
         state="online",
@@ -41,4 +45,4 @@ def new_client(config: ClientConfig, profile: Profile) -> tuple[Trainer, Partici
         max_rank=placement.max_rank,
     )
     trainer = Trainer(config.id, partial(open_dataset, config.data), placement, config.model)
-    return trainer, Participation(status), status
+    return trainer, Participation(status, done), status

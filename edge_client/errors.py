@@ -13,3 +13,7 @@ class UnfitPlanError(RuntimeError):
 
 class InferenceError(RuntimeError):
     """An ONNX file or a picture that cannot be used for inference."""
+
+
+class StateError(RuntimeError):
+    """A state folder that this client cannot have: another one is at work there, or it cannot be written."""

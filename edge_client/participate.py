@@ -6,6 +6,7 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from edge_client.outbox import Outbox, Work
 from edge_client.participation import Announce, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
 from protocol.client_end import ClientEnd
@@ -13,6 +14,7 @@ from protocol.errors import WireError
 from protocol.events import ClientEvent
 from protocol.link import Link
 from protocol.messages import TrainingResult
+from protocol.parcel import pack
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,12 @@ POLL_S = 1.0
 
 
 def participate(
-    link: Link[ClientEvent], end: ClientEnd, trainer: Trainer, client: Participation, stop: threading.Event
+    link: Link[ClientEvent],
+    end: ClientEnd,
+    trainer: Trainer,
+    client: Participation,
+    stop: threading.Event,
+    outbox: Outbox | None = None,
 ) -> None:
     """Take part until `stop` is set. The training runs beside the loop, so that the link stays alive.
 
@@ -39,32 +46,39 @@ def participate(
                     if isinstance(problem, TrainingStopped):
                         break
                     if problem is not None:
-                        carry_out(client.failed(str(problem)), client, link, end)
+                        carry_out(client.failed(str(problem)), link, end)
                         raise problem
-                    steps += client.trained(training.result())
+                    steps += trained(client, training.result())
                     training = None
                 for step in steps:
                     if isinstance(step, Train):
                         training = pool.submit(trainer.run, step.ready, stop.is_set)
                         training.add_done_callback(lambda _: link.wake())
-                carry_out(steps, client, link, end)
+                carry_out(steps, link, end, outbox)
         finally:
             stop.set()
             link.bus.close(end.farewell())
 
 
-def carry_out(steps: list[Step], client: Participation, link: Link[ClientEvent], end: ClientEnd) -> None:
-    """Do what concerns the wire."""
+def trained(client: Participation, result: TrainingResult) -> list[Step]:
+    """Return what follows from a finished training. One that diverged is told; the next round may do better."""
+    try:
+        return client.trained(pack(result))
+    except WireError as error:
+        log.error("round %d: nothing to offer: %s", result.round, error)  # noqa: TRY400 - no bug, no traceback
+        return client.failed(str(error))
+
+
+def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox: Outbox | None = None) -> None:
+    """Do what concerns the wire and the disk."""
     for step in steps:
         match step:
-            case Send(result=result):
-                log.info("round %d: loss %.3f, accuracy %.3f, offering", result.round, result.loss, result.accuracy)
-                try:
-                    link.do(end.offer(result))
-                except WireError as error:  # diverged: this round goes on without us, the next may do better
-                    log.error("round %d: nothing to offer: %s", result.round, error)  # noqa: TRY400 - no bug, no traceback
-                    carry_out(client.failed(str(error)), client, link, end)
-                    return
+            case Send(work=work):
+                offer = work.parcel.offer
+                log.info("round %d: loss %.3f, accuracy %.3f, offering", offer.round, offer.loss, offer.accuracy)
+                if outbox is not None:
+                    _keep(outbox, work)
+                link.do(end.offer(work.parcel))
             case Withdraw():
                 end.withdraw()
             case Announce(status=status):
@@ -72,3 +86,10 @@ def carry_out(steps: list[Step], client: Participation, link: Link[ClientEvent],
                 link.do(end.announce(status))
             case Train():
                 pass
+
+
+def _keep(outbox: Outbox, work: Work) -> None:
+    try:
+        outbox.keep(work)
+    except OSError as error:  # it can be offered all the same; a restart would train it again, to the same bits
+        log.error("the update is in memory only: %s. Make room in the state folder", error)  # noqa: TRY400

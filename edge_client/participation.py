@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
+from edge_client.outbox import Work
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
-from protocol.messages import Status, TrainingResult
+from protocol.messages import Status
+from protocol.parcel import Parcel
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class Train:
 
 @dataclass(frozen=True)
 class Send:
-    """Offer this update until its receipt."""
+    """Keep this update, then offer it until its receipt."""
 
-    result: TrainingResult
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,18 @@ class Announce:
 Step = Train | Send | Withdraw | Announce
 
 
-@dataclass(frozen=True)
-class _Done:
-    """A finished training, its plan, and for which start of the coordinator it was last sent."""
-
-    result: TrainingResult
-    key: tuple[str, int, str, str]
-    start: int
-
-
 class Participation:
-    """One client's part in a federation. It trains at most one plan at a time, and each plan once."""
+    """One client's part in a federation. It trains at most one plan at a time, and each plan once.
 
-    def __init__(self, status: Status) -> None:
+    `done` is what it trained before a restart.
+    """
+
+    def __init__(self, status: Status, done: Work | None = None) -> None:
         self._status = status
         self._current: PlanReady | None = None
         self._training: PlanReady | None = None
-        self._done: _Done | None = None
+        self._done = done
+        self._sent_in: int | None = None  # start of the coordinator in which `done` was last offered
 
     def on(self, event: ClientEvent) -> list[Step]:
         """Take in an event of the wire."""
@@ -74,14 +73,14 @@ class Participation:
             case LinkChanged():
                 return []
 
-    def trained(self, result: TrainingResult) -> list[Step]:
+    def trained(self, parcel: Parcel) -> list[Step]:
         """Take in a finished training: it is sent if its plan is still the current one."""
         trained, self._training = self._training, None
         if trained is None or self._current is None:
             return []
-        if _key(trained) != _key(self._current):
+        if work_of(trained) != work_of(self._current):
             return self._planned(self._current)
-        return self._send(result, self._current)
+        return self._send(Work(work_of(trained), parcel), self._current)
 
     def failed(self, problem: str) -> list[Step]:
         """Take in a failed training: everybody is told why."""
@@ -92,17 +91,17 @@ class Participation:
     def _planned(self, ready: PlanReady) -> list[Step]:
         self._current = ready
         plan, done = ready.plan, self._done
-        if done is not None and done.key == _key(ready):
-            # Said again by the same coordinator, the offer stands; a restarted one has forgotten what it accepted.
-            return [] if done.start == plan.start else [Withdraw(), *self._send(done.result, ready)]
+        if done is not None and done.key == work_of(ready):
+            # Said again by the same coordinator, the offer stands. A restarted one may have been set back to an older state.
+            return [] if self._sent_in == plan.start else [Withdraw(), *self._send(done, ready)]
         if self._training is not None:
             return [Withdraw()]
         self._training = ready
         return [Withdraw(), Train(ready), self._announce("training", plan.round)]
 
-    def _send(self, result: TrainingResult, ready: PlanReady) -> list[Step]:
-        self._done = _Done(result, _key(ready), ready.plan.start)
-        return [Send(result), self._announce("uploading", ready.plan.round)]
+    def _send(self, work: Work, ready: PlanReady) -> list[Step]:
+        self._done, self._sent_in = work, ready.plan.start
+        return [Send(work), self._announce("uploading", ready.plan.round)]
 
     def _announce(self, phase: str, number: int | None, detail: str = "") -> Announce:
         fields = {**self._status.model_dump(), "phase": phase, "round": number, "detail": detail}
@@ -110,5 +109,8 @@ class Participation:
         return Announce(self._status)
 
 
-def _key(ready: PlanReady) -> tuple[str, int, str, str]:
-    return (ready.plan.run, ready.plan.round, ready.plan.classes, ready.base)
+def work_of(ready: PlanReady) -> str:
+    """Return the hash of all that a training depends on besides the device: equal work has an equal result."""
+    plan = ready.plan
+    parts = [plan.run, plan.round, plan.classes, ready.base, plan.seed, plan.recipe.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

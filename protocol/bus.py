@@ -78,6 +78,9 @@ class Bus(Protocol):
     def room(self) -> int:
         """How many more chunks may be handed over before the window is full."""
 
+    def drained(self) -> bool:
+        """Whether all that was handed over has reached the broker, or is lost."""
+
     def wake(self) -> None:
         """Make a waiting `receive` return (from any thread)."""
 
@@ -183,6 +186,10 @@ class MemoryBus:
     def room(self) -> int:
         """Memory has no slow link: the window is always open."""
         return self.WINDOW
+
+    def drained(self) -> bool:
+        """Memory carries at once."""
+        return True
 
     def wake(self) -> None:
         """Make a waiting receive return."""

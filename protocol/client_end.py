@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
-
-from pydantic import ValidationError
+from pathlib import Path
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
-from protocol.codec import decode_adapter, decode_bank, encode_update, reference
+from protocol.codec import decode_adapter, decode_bank
+from protocol.download import Download, Shelf
 from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
 from protocol.errors import BusError, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
@@ -31,55 +29,43 @@ from protocol.messages import (
     RoundPlan,
     Status,
     TextBank,
-    TrainingResult,
 )
+from protocol.parcel import Parcel
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, Fetch, Repeat, Serve, chunk_size
+from protocol.transfer import CHUNK_EXPIRY_S, Repeat, Serve, chunk_size
 
 log = logging.getLogger(__name__)
 
-Record = TypeVar("Record")
-
-
-@dataclass
-class _Wanted(Generic[Record]):
-    """A record that a manifest points to: being fetched, or here."""
-
-    fetch: Fetch
-    read: Callable[[bytes], Record]
-    record: Record | None = None
-
-    @property
-    def ref(self) -> BlobRef:
-        return self.fetch.ref
-
-    def is_for(self, ref: BlobRef) -> bool:
-        """Whether this is the blob of `ref`: here already, or being fetched in chunks of that size."""
-        return self.ref.sha256 == ref.sha256 if self.record is not None else self.ref == ref
+AnyDownload = Download[TextBank] | Download[Adapter]
 
 
 @dataclass
 class _Upload:
-    offer: Offer
+    parcel: Parcel
     serve: Serve
     repeat: Repeat
+
+    @property
+    def offer(self) -> Offer:
+        return self.parcel.offer
 
 
 class ClientEnd:
     """One client's side of the protocol. All methods return the actions that the bus should carry out."""
 
-    def __init__(self, federation: str, client_id: str, rng: random.Random) -> None:
+    def __init__(self, federation: str, client_id: str, rng: random.Random, state: Path | None = None) -> None:
         self.topics = Topics(federation)
         self.bytes_received = 0
         self._id = client_id
         self._rng = rng
+        self._shelf = Shelf(rng, state)
         self._status = Status(state="online")
         self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
         self._own: dict[str, ClientAdapter] = {}  # by run: the open plan's, and at most one other
         self._announced: tuple[object, ...] | None = None
-        self._bank: _Wanted[TextBank] | None = None
-        self._adapter: _Wanted[Adapter] | None = None
+        self._bank: Download[TextBank] | None = None
+        self._adapter: Download[Adapter] | None = None
         self._upload: _Upload | None = None
 
     def will(self) -> Publish:
@@ -95,25 +81,11 @@ class ClientEnd:
         self._status = status
         return [self._publish_status(status)]
 
-    def offer(self, result: TrainingResult) -> list[Action]:
-        """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if not finite."""
-        blob = encode_update(result.update)
-        ref = reference(blob, self._chunk_size)
-        try:
-            offer = Offer(
-                round=result.round,
-                base=result.base,
-                blob=ref,
-                samples=result.samples,
-                loss=result.loss,
-                accuracy=result.accuracy,
-                train_seconds=result.train_seconds,
-                bytes_received=self.bytes_received,
-            )
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise WireError(f"a result whose {problem['loc'][0]} cannot be offered: {problem['msg']}") from error
-        self._upload = _Upload(offer, Serve(blob, ref), Repeat(self._rng))
+    def offer(self, parcel: Parcel) -> list[Action]:
+        """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if too large."""
+        counted = parcel.offer.model_copy(update={"bytes_received": self.bytes_received})
+        cut = Parcel(counted, parcel.blob).cut(self._chunk_size)
+        self._upload = _Upload(cut, Serve(cut.blob, cut.offer.blob), Repeat(self._rng))
         self.bytes_received = 0
         return []
 
@@ -136,15 +108,19 @@ class ClientEnd:
                     log.warning("ignored a message on %s: %s", topic, error)
                     return [], []
 
-    def tick(self, now: float, room: int) -> list[Action]:
-        """Say what is due: needs, the offer, and at most `room` chunks of the upload."""
+    def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
+        """Say what is due: needs, the offer, and at most `room` chunks of the upload; `drained`: all before have landed."""
         actions: list[Action] = []
-        for wanted in (self._bank, self._adapter):
-            if wanted is not None and wanted.record is None and (missing := wanted.fetch.need(now)):
+        for wanted in self._downloads():
+            if wanted.under_way and (missing := wanted.fetch.need(now)):
                 actions.append(self._manifest("need", Need(sha256=wanted.ref.sha256, missing=missing)))
         upload = self._upload
         if upload is not None:
-            if upload.repeat.due(now):
+            if drained:
+                upload.serve.landed()
+            if upload.serve.busy:
+                upload.repeat.answered(now)
+            elif upload.repeat.due(now):
                 actions.append(self._manifest("offer", upload.offer))
             for index, data in upload.serve.take(room, now):
                 topic = self.topics.upload(self._id, upload.offer.blob.sha256, index)
@@ -159,8 +135,8 @@ class ClientEnd:
                 f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
             ) from error
         actions: list[Action] = [Subscribe(name) for name in self.topics.client_filters(self._id)]
-        for wanted in (self._bank, self._adapter):
-            if wanted is not None and wanted.record is None:
+        for wanted in self._downloads():
+            if wanted.under_way:
                 wanted.fetch.repeat.again()
                 actions.append(Subscribe(self.topics.blob_filter(wanted.ref.sha256)))
         if self._upload is not None:
@@ -173,9 +149,8 @@ class ClientEnd:
             return
         self._chunk_size = size
         if self._upload is not None:
-            ref = reference(self._upload.serve.blob, size)
-            self._upload.offer = self._upload.offer.model_copy(update={"blob": ref})
-            self._upload.serve = Serve(self._upload.serve.blob, ref)
+            self._upload.parcel = self._upload.parcel.cut(size)
+            self._upload.serve = Serve(self._upload.parcel.blob, self._upload.offer.blob)
 
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
         if address.federation != self.topics.federation or address.direction == "from":
@@ -213,8 +188,8 @@ class ClientEnd:
         if self._bank is not None and self._bank.is_for(manifest.blob):
             return [], []
         actions = self._stop_fetching(self._bank)
-        self._bank = _Wanted(Fetch(manifest.blob, Repeat(self._rng)), decode_bank)
-        return [*actions, Subscribe(self.topics.blob_filter(manifest.blob.sha256))], []
+        self._bank = self._shelf.begin("classes", manifest.blob, decode_bank)
+        return self._fetch(self._bank, actions)
 
     def _round(self, plan: RoundPlan) -> tuple[list[Action], list[ClientEvent]]:
         known = self._plan
@@ -253,8 +228,8 @@ class ClientEnd:
         if self._adapter is not None and self._adapter.is_for(ref):
             return [], self._ready()
         actions = self._stop_fetching(self._adapter)
-        self._adapter = _Wanted(Fetch(ref, Repeat(self._rng)), decode_adapter)
-        return [*actions, Subscribe(self.topics.blob_filter(ref.sha256))], []
+        self._adapter = self._shelf.begin("adapter", ref, decode_adapter)
+        return self._fetch(self._adapter, actions)
 
     def _give_up_start(self) -> list[Action]:
         """Fetch no adapter: this client has no part in the newest plan."""
@@ -263,26 +238,40 @@ class ClientEnd:
             self._adapter = None
         return actions
 
-    def _stop_fetching(self, wanted: _Wanted[Record] | None) -> list[Action]:
-        if wanted is None or wanted.record is not None:
+    def _downloads(self) -> list[AnyDownload]:
+        return [download for download in (self._bank, self._adapter) if download is not None]
+
+    def _stop_fetching(self, wanted: AnyDownload | None) -> list[Action]:
+        if wanted is None or not wanted.under_way:
             return []
         return [Unsubscribe(self.topics.blob_filter(wanted.ref.sha256))]
 
+    def _fetch(self, wanted: AnyDownload, actions: list[Action]) -> tuple[list[Action], list[ClientEvent]]:
+        """Take a record from the shelf, or listen for its chunks."""
+        kept = self._shelf.find(wanted.ref)
+        if kept is None:
+            return [*actions, Subscribe(self.topics.blob_filter(wanted.ref.sha256))], []
+        return actions, self._arrived(wanted, kept)
+
     def _chunk(self, digest: str, index: int, data: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
-        for wanted in (self._bank, self._adapter):
-            if wanted is not None and wanted.record is None and wanted.ref.sha256 == digest:
+        for wanted in self._downloads():
+            if wanted.under_way and wanted.ref.sha256 == digest:
                 wanted.fetch.chunk(index, data, now)
                 blob = wanted.fetch.blob()
                 if blob is None:
                     return [], []
-                done: list[Action] = [Unsubscribe(self.topics.blob_filter(digest))]
-                try:
-                    wanted.record = wanted.read(blob)
-                except WireError as error:
-                    self._forget(wanted)
-                    return done, [Unreadable(str(error))]
-                return done, self._ready()
+                self._shelf.keep(blob, {other.ref.sha256 for other in self._downloads()})
+                wanted.fetch.partial.clear()
+                return [Unsubscribe(self.topics.blob_filter(digest))], self._arrived(wanted, blob)
         return [], []
+
+    def _arrived(self, wanted: AnyDownload, blob: bytes) -> list[ClientEvent]:
+        try:
+            wanted.record = wanted.read(blob)
+        except WireError as error:
+            self._forget(wanted)
+            return [Unreadable(str(error))]
+        return self._ready()
 
     def _forget(self, wanted: object) -> None:
         """Give up a blob that has arrived whole but cannot be read: asking again would bring the same bytes."""

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
@@ -39,13 +40,16 @@ from protocol.messages import (
     TextBank,
     Verdict,
 )
+from protocol.partial import FilePartials, MemoryPartials, Partials
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, Fetch, Repeat, Serve, chunk_size
+from protocol.transfer import CHUNK_EXPIRY_S, NEED_S, Fetch, Repeat, Serve, chunk_size
+from protocol.turns import Turns
 
 log = logging.getLogger(__name__)
 
 GATHER_S = 0.05
-UPLOAD_WINDOW = 16
+UPLOAD_WINDOW = 8
+UPLOADS_AT_ONCE = 8
 BROADCASTS = (ClassBankManifest.kind, RoundPlan.kind)
 
 
@@ -59,9 +63,21 @@ class _Client:
 
 
 class CoordinatorEnd:
-    """The coordinator's side of the protocol. All methods return the actions that the bus should carry out."""
+    """The coordinator's side of the protocol. All methods return the actions that the bus should carry out.
 
-    def __init__(self, federation: str, rng: random.Random, max_update_bytes: int = 64 * 1024 * 1024) -> None:
+    Of at most `uploads_at_once` clients it takes an upload at a time; the others wait, with their updates on their disks.
+    With a folder `state`, what has arrived of an upload survives a restart.
+    """
+
+    def __init__(
+        self,
+        federation: str,
+        rng: random.Random,
+        max_update_bytes: int = 64 * 1024 * 1024,
+        *,
+        uploads_at_once: int = UPLOADS_AT_ONCE,
+        state: Path | None = None,
+    ) -> None:
         self.topics = Topics(federation)
         self.bytes_up: Counter[str] = Counter()
         self._rng = rng
@@ -71,6 +87,8 @@ class CoordinatorEnd:
         self._own: dict[str, ClientAdapter] = {}
         self._serves: dict[str, Serve] = {}
         self._clients: dict[str, _Client] = {}
+        self._turns = Turns(uploads_at_once)
+        self._partials: Partials = MemoryPartials() if state is None else FilePartials(state / "partial")
 
     def publish_bank(self, bank: TextBank) -> tuple[BlobRef, list[Action]]:
         """Announce a class bank, retained, and serve its blob from now on."""
@@ -103,12 +121,17 @@ class CoordinatorEnd:
         for state in self._clients.values():
             if state.offer is not None and state.offer.round != plan.round:
                 state.offer = state.fetch = None
+        self._partials.retain(set(plan.participants))
         return self._retain(plan)
 
     def fetch(self, client: str, offer: Offer) -> None:
         """Ask for the update that a client offers; it replaces one that is under way from this client."""
         state = self._clients.setdefault(client, _Client())
-        state.offer, state.fetch = offer, Fetch(offer.blob, Repeat(self._rng), UPLOAD_WINDOW)
+        known = state.fetch
+        same = known is not None and known.ref.sha256 == offer.blob.sha256  # perhaps cut anew
+        partial = known.partial if known is not None and same else self._partials.open(client, offer.blob)
+        state.offer, state.fetch = offer, Fetch(offer.blob, Repeat(self._rng, NEED_S), UPLOAD_WINDOW, partial)
+        self._turns.ask(client)
 
     def answer(self, client: str, offer: Offer, verdict: Verdict) -> list[Action]:
         """Send the receipt for an update, and keep it to answer repeated offers."""
@@ -137,13 +160,18 @@ class CoordinatorEnd:
                     log.warning("ignored a message on %s: %s", topic, error)
                     return [], []
 
-    def tick(self, now: float, room: int) -> list[Action]:
-        """Say what is due: needs of uploads, and at most `room` chunks of broadcasts."""
+    def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
+        """Say what is due: needs of uploads, and at most `room` chunks of broadcasts; `drained`: all before have landed."""
         actions: list[Action] = []
-        for client, state in self._clients.items():
-            if state.fetch is not None and (missing := state.fetch.need(now)):
-                actions.append(self._to(client, Need(sha256=state.fetch.ref.sha256, missing=missing)))
+        for client in self._turns.now(now):
+            fetch = self._clients[client].fetch
+            if fetch is None:
+                self._turns.end(client)
+            elif missing := fetch.need(now):
+                actions.append(self._to(client, Need(sha256=fetch.ref.sha256, missing=missing)))
         for serve in self._serves.values():
+            if drained:
+                serve.landed()
             for index, data in serve.take(room, now):
                 room -= 1
                 actions.append(Publish(self.topics.blob(serve.ref.sha256, index), data, expiry_s=CHUNK_EXPIRY_S))
@@ -207,7 +235,7 @@ class CoordinatorEnd:
                 self._needed(expect(envelope, Need), now)
                 return [], []
             case "offer":
-                return self._offered(client, expect(envelope, Offer))
+                return self._offered(client, expect(envelope, Offer), now)
             case _:
                 raise WireError(f"clients have no business with {address.kind!r}")
 
@@ -218,7 +246,7 @@ class CoordinatorEnd:
                 return
         log.debug("a client asks for blob %s, which is no longer served", need.sha256[:12])
 
-    def _offered(self, client: str, offer: Offer) -> tuple[list[Action], list[CoordinatorEvent]]:
+    def _offered(self, client: str, offer: Offer, now: float) -> tuple[list[Action], list[CoordinatorEvent]]:
         state = self._clients.setdefault(client, _Client())
         answered = state.receipt
         if answered is not None and (answered.round, answered.sha256) == (offer.round, offer.blob.sha256):
@@ -228,7 +256,7 @@ class CoordinatorEnd:
             return [], [OfferTooLarge(client, offer, problem)]
         if state.fetch is None or state.offer is None or (state.offer.round, state.offer.blob) != (offer.round, offer.blob):
             return [], [OfferMade(client, offer)]
-        state.fetch.repeat.again()
+        state.fetch.nudge(now)
         state.offer = offer
         return [], []
 
@@ -237,9 +265,11 @@ class CoordinatorEnd:
         if state is None or state.fetch is None or state.offer is None or state.fetch.ref.sha256 != digest:
             return []
         state.fetch.chunk(index, data, now)
+        self._turns.progress(client, now)
         blob = state.fetch.blob()
         if blob is None:
             return []
+        state.fetch.partial.clear()
         state.fetch = None
         try:
             return [UpdateArrived(client, state.offer, decode_update(blob), blob)]

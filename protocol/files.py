@@ -1,10 +1,14 @@
-"""Files that are whole or absent: temporary file, fsync, rename, fsync of the folder."""
+"""Files that are whole or absent: temporary file, fsync, rename, fsync of the folder. And folders that one process owns."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
+
+LOCK = "lock"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -38,3 +42,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Make this process the only one at work in a folder, which it makes, until the result is closed or the process ends.
+
+    Raises BlockingIOError if another one is.
+    """
+    make_folder(folder)
+    lock = (folder / LOCK).open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock

@@ -21,7 +21,7 @@ class End(Protocol[EventOut]):
     def handle(self, event: Event, now: float) -> tuple[list[Action], Sequence[EventOut]]:
         """Take in a bus event; return actions and events."""
 
-    def tick(self, now: float, room: int) -> list[Action]:
+    def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
         """Return what is due now."""
 
 
@@ -48,7 +48,7 @@ class Link(Generic[Out]):
         """Move messages until something happens that the caller should know, a wake, or `timeout` seconds have passed."""
         deadline = self._clock() + timeout
         while True:
-            self.do(self._end.tick(self._clock(), self.bus.room()))
+            self.do(self._end.tick(self._clock(), self.bus.room(), self.bus.drained()))
             left = deadline - self._clock()
             event = self.bus.receive(max(0.0, min(left, TICK_S)))
             if event is None:

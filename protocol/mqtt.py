@@ -113,11 +113,15 @@ class MqttBus:
 
     def room(self) -> int:
         """How many more chunks fit the window of unacknowledged messages."""
-        while self._acknowledged:
-            self._in_flight.discard(self._acknowledged.popleft())
+        self._settle_acknowledged()
         room = self._window - len(self._in_flight) if self._connected else 0
         self._starved = room <= 0
         return room
+
+    def drained(self) -> bool:
+        """Whether the broker has acknowledged all that was handed over, or the link is down."""
+        self._settle_acknowledged()
+        return not self._in_flight or not self._connected
 
     def wake(self) -> None:
         """Make a waiting receive return."""
@@ -134,6 +138,10 @@ class MqttBus:
             client.disconnect()
         if self._thread.is_alive():
             self._thread.join(self._settings.connect_timeout_s + 5.0)
+
+    def _settle_acknowledged(self) -> None:
+        while self._acknowledged:
+            self._in_flight.discard(self._acknowledged.popleft())
 
     def _check_size(self, message: Publish) -> None:
         size = len(message.payload) + len(message.topic.encode()) + PACKET_OVERHEAD

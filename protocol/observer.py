@@ -33,6 +33,6 @@ class Observer:
                 log.warning("ignored a message on %s: %s", event.topic, error)
         return [], []
 
-    def tick(self, _now: float, _room: int) -> list[Action]:
+    def tick(self, _now: float, _room: int, _drained: bool = True) -> list[Action]:
         """Nothing is ever due."""
         return []

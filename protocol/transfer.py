@@ -6,16 +6,23 @@ sent again (full jitter, so that a fleet does not speak in chorus). Chunks may a
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass, field
 
 from protocol.codec import sha256
 from protocol.errors import WireError
 from protocol.messages import CHUNK_SIZE, MIN_CHUNK_SIZE, BlobRef
+from protocol.partial import MemoryPartial, Partial
+
+log = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 30
 CHUNK_EXPIRY_S = 60
 PACKET_MARGIN = 512
+NEED_S = 6.0
+NUDGE_S = 1.0
+PATIENCE = 4.0
 
 
 def chunk_size(max_packet: int | None) -> int:
@@ -67,24 +74,28 @@ class Repeat:
         """Speak at the next opportunity: the other side may have been away."""
         self._tries, self._next = 0, 0.0
 
-    def answered(self, now: float) -> None:
-        """Progress was made: wait a full interval before asking again."""
+    def answered(self, now: float, wait: float = 0.0) -> None:
+        """Progress was made: wait a full interval, or `wait` seconds if that is longer, before asking again."""
         self._tries = 0
-        self._next = now + self.base
+        self._next = now + max(self.base, wait)
 
 
 @dataclass
 class Fetch:
     """The receiving side of one blob: what has arrived, what to ask for, and the whole once it is proven.
 
-    At most `window` chunks are asked for at a time, which bounds what is under way.
+    At most `window` chunks are asked for at a time, which bounds what is under way. `partial` may hold what an earlier
+    fetch of the same blob had got.
     """
 
     ref: BlobRef
     repeat: Repeat
     window: int = UNLIMITED
-    _chunks: dict[int, bytes] = field(default_factory=dict)
+    partial: Partial = field(default_factory=MemoryPartial)
     _asked: set[int] = field(default_factory=set)
+    _last: float = 0.0  # when chunks were last asked for, or one came
+    _since: float | None = None  # since when the next chunk is awaited
+    _pace: float = 0.0  # seconds between chunks of late, rather too long than too short
 
     def chunk(self, index: int, data: bytes, now: float) -> None:
         """Take in one chunk; raises WireError if it cannot belong to this blob. A duplicate changes nothing."""
@@ -93,49 +104,83 @@ class Fetch:
                 f"chunk {index} of {len(data)} bytes does not belong to a blob of "
                 f"{self.ref.chunks} chunks of {self.ref.chunk_size} bytes, {self.ref.size} in all"
             )
-        if index not in self._chunks:
-            self._chunks[index] = data
-            self._asked.discard(index)
-            self.repeat.answered(now)
-            if not self._asked:
-                self.repeat.again()
+        if self._has(index):
+            return
+        try:
+            self.partial.add(index * self.ref.chunk_size, data)
+        except OSError as error:  # as if it were lost: it is asked for again
+            log.warning("chunk %d of blob %s cannot be kept: %s", index, self.ref.sha256[:12], error)
+            return
+        self._asked.discard(index)
+        self._pace = max(now - (now if self._since is None else self._since), self._pace / 2)
+        self._last = self._since = now
+        # On a slow link chunks are under way for long: to ask for them again would double the load.
+        self.repeat.answered(now, min(PATIENCE * self._pace, self.repeat.cap))
+        if not self._asked:
+            self._since = None
+            self.repeat.again()
 
     def need(self, now: float) -> str | None:
         """Return the bitmap to ask for now, or None while an answer is awaited or nothing is missing."""
-        if len(self._chunks) == self.ref.chunks or not self.repeat.due(now):
+        if not self.repeat.due(now):
             return None
-        missing = [index for index in range(self.ref.chunks) if index not in self._chunks]
+        missing = [index for index in range(self.ref.chunks) if not self._has(index)]
         self._asked = set(missing[: self.window])
-        return to_bitmap(self._asked, self.ref.chunks)
+        self._last = now
+        self._since = now if self._since is None else self._since
+        return to_bitmap(self._asked, self.ref.chunks) if missing else None
+
+    def nudge(self, now: float) -> None:
+        """Ask again at once, unless chunks are coming: the other side has offered again."""
+        if now - self._last > max(NUDGE_S, PATIENCE * self._pace):
+            self.repeat.again()
 
     def blob(self) -> bytes | None:
         """Return the whole blob once complete; raises WireError, and starts over, if its hash is wrong."""
-        if len(self._chunks) < self.ref.chunks:
+        try:
+            whole = self.partial.whole(self.ref.size)
+        except OSError as error:
+            log.warning("what has arrived of blob %s cannot be read: %s", self.ref.sha256[:12], error)
+            whole = b""
+        if whole is None:
             return None
-        whole = b"".join(self._chunks[index] for index in range(self.ref.chunks))
         if sha256(whole) != self.ref.sha256:
-            self._chunks.clear()
+            self.partial.clear()
             self.repeat.again()
             raise WireError(f"blob {self.ref.sha256[:12]} arrived damaged: wrong hash, asking for it again")
         return whole
+
+    def _has(self, index: int) -> bool:
+        return self.partial.has(index * self.ref.chunk_size, self.ref.length(index))
 
 
 @dataclass
 class Serve:
     """The sending side of one blob: needs are merged, and each wanted chunk is given out once, lowest first.
 
-    After a first need it waits `gather` seconds for others, because a broadcast chunk serves all who asked by then.
+    After a first need it waits `gather` seconds for others, because a broadcast chunk serves all who asked by then. What
+    it gave out is not given out again until it has `landed`: on a slow link it is still under way.
     """
 
     blob: bytes
     ref: BlobRef
     gather: float = 0.0
     _wanted: set[int] = field(default_factory=set)
+    _out: set[int] = field(default_factory=set)
     _ready: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether chunks are wanted or under way."""
+        return bool(self._wanted or self._out)
+
+    def landed(self) -> None:
+        """All that was given out has reached the broker, or is lost."""
+        self._out.clear()
 
     def need(self, bitmap: str, now: float) -> None:
         """Take in one receiver's need; raises WireError for a bitmap of another size."""
-        wanted = from_bitmap(bitmap, self.ref.chunks)
+        wanted = from_bitmap(bitmap, self.ref.chunks) - self._out
         if wanted and not self._wanted:
             self._ready = now + self.gather
         self._wanted |= wanted
@@ -146,5 +191,6 @@ class Serve:
             return []
         taken = sorted(self._wanted)[: max(room, 0)]
         self._wanted.difference_update(taken)
+        self._out.update(taken)
         size = self.ref.chunk_size
         return [(index, self.blob[index * size : (index + 1) * size]) for index in taken]

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_lora.algebra import mean_of_factors, mean_of_products, rank_of
-from clip_lora.lora import adapter_shapes
+from clip_lora.lora import adapter_shapes, initial_adapter
 from clip_lora.towers import load_config as load_model_config
 from clip_lora.towers import one_thread
 from coordinator.config import CoordinatorConfig
@@ -40,6 +42,7 @@ from edge_client.data import find_pictures
 from edge_client.device import new_client
 from edge_client.errors import UnfitPlanError
 from edge_client.infer import Classifier
+from edge_client.outbox import Outbox
 from edge_client.participate import participate
 from export.artefact import Source, export_artefact
 from hardware_profiles.profile import Profile
@@ -49,9 +52,9 @@ from protocol.client_end import ClientEnd
 from protocol.codec import decode_update, encode_adapter, encode_update
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.envelope import decode, expect
-from protocol.events import ClientSeen, PlanReady
+from protocol.events import ClientSeen, OfferMade, PlanReady, UpdateArrived
 from protocol.link import Link
-from protocol.messages import BlobRef, Offer, RoundPlan, Status, Update
+from protocol.messages import BlobRef, Offer, RoundPlan, Status, Update, Verdict
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
 from protocol.settings import BrokerSettings
@@ -71,6 +74,7 @@ PROFILE = load_profile("generic-cpu")
 NARROW = PROFILE.model_copy(update={"max_rank": 2})
 MEASURED = {"seconds", "bytes_up", "bytes_down"}
 Connect = Callable[[str, Publish | None], Bus]
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,15 @@ def a_plan(number: int) -> RoundPlan:
 
 def take_part(connect: Connect, name: str, home: Path, stop: threading.Event, profile: Profile = PROFILE) -> None:
     """Run one client as it would run alone, until `stop`."""
-    trainer, part, status = new_client(client_config(name, home), profile)
-    end = ClientEnd("flow", name, random.Random(name))
-    end.announce(status)
-    participate(Link(connect(name, end.will()), end), end, trainer, part, stop)
+    with tempfile.TemporaryDirectory() as folder:
+        outbox = Outbox(Path(folder))
+        trainer, part, status = new_client(client_config(name, home), profile, outbox.load())
+        end = ClientEnd("flow", name, random.Random(name), Path(folder))
+        end.announce(status)
+        try:
+            participate(Link(connect(name, end.will()), end), end, trainer, part, stop, outbox)
+        finally:
+            outbox.close()
 
 
 def coordinate(connect: Connect, state: Path, **settings: object) -> Outcome:
@@ -481,3 +490,60 @@ def test_a_device_whose_rank_is_too_small_for_the_mean_of_factors_ends_and_says_
 def test_a_device_that_stays_away_does_not_stop_the_others(homes: list[Path], tmp_path: Path) -> None:
     outcome = federate(in_memory(), homes[:1], tmp_path / "state", rounds=1, quorum=1, deadline_s=10)
     assert [record.accepted for record in outcome.records] == [["one"]]
+
+
+def test_a_client_killed_before_its_receipt_offers_the_same_update_again_and_trains_nothing(
+    homes: list[Path], embedded: str, tmp_path: Path
+) -> None:
+    """Nobody answers the first time: it is killed with its update in the outbox. Restarted, even without its pictures, it
+    has the update accepted.
+    """
+    pictures = tmp_path / "pictures"
+    shutil.copytree(homes[0], pictures)
+    settings = tmp_path / "one.toml"
+    settings.write_text(
+        f"id = 'one'\nfederation = 'flow'\ndata = '{pictures}'\nbits = 4\nthreads = 1\nprofile = 'generic-cpu'\n"
+        f"[broker]\nurl = '{embedded}'\n"
+    )
+    connect = over(embedded)
+    end = CoordinatorEnd("flow", random.Random(0))
+    link = Link(connect("coordinator", None), end)
+    link.poll(1.0)
+    bank, actions = end.publish_bank(make_bank("tiny-clip", CLASSES, ("a photo of a {}",)))
+    training = RECIPE.training(DEPTH)
+    start = end.serve_adapter(initial_adapter(adapter_shapes(load_model_config("tiny-clip"), "vision", training), 0))
+    plan = a_plan(1).model_copy(update={"classes": bank.sha256, "adapter": start, "participants": ("one",)})
+    link.do([*actions, *end.publish_plan(plan)])
+    command = [sys.executable, "-m", "clipcast", "client", "run", str(settings)]
+
+    def next_event(kind: type[Kind]) -> Kind:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for event in link.poll(1.0):
+                if isinstance(event, kind):
+                    return event
+        raise AssertionError(f"waited 120 s for {kind.__name__}")
+
+    try:
+        with subprocess.Popen(command) as first:
+            try:
+                offered = next_event(OfferMade)
+            finally:
+                first.kill()
+        shutil.rmtree(pictures)
+        with subprocess.Popen(command) as second:
+            try:
+                again = next_event(OfferMade)
+                end.fetch(again.client, again.offer)
+                arrived = next_event(UpdateArrived)
+                link.do(end.answer("one", arrived.offer, Verdict(accepted=True)))
+                deadline = time.monotonic() + 60
+                while not any(isinstance(e, ClientSeen) and "accepted" in e.status.detail for e in link.poll(1.0)):
+                    assert time.monotonic() < deadline
+                assert second.poll() is None
+            finally:
+                second.kill()
+    finally:
+        link.bus.close()
+    assert again.offer.blob == offered.offer.blob == arrived.offer.blob
+    assert (again.offer.round, again.offer.loss) == (offered.offer.round, offered.offer.loss)

@@ -43,6 +43,7 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
     Example: `clipcast client run client.toml`
     """
     from edge_client.config import load
+    from edge_client.outbox import Outbox
     from hardware_profiles.detect import detect
     from hardware_profiles.profile import load as load_profile
     from protocol.client_end import ClientEnd
@@ -56,14 +57,15 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
         found = detect()
         profile, reason = found.profile, found.reason
     typer.echo(f"profile {profile.name}: {reason}", err=True)
-    end = ClientEnd(config.federation, config.id, random.Random())
+    outbox = Outbox(config.state)
+    end = ClientEnd(config.federation, config.id, random.Random(), config.state)
     # The broker first: a wrong address should not cost the loading of torch.
     bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}", end.will())
     from edge_client.device import new_client
     from edge_client.participate import participate
 
     try:
-        trainer, part, status = new_client(config, profile)
+        trainer, part, status = new_client(config, profile, outbox.load())
     except BaseException:
         bus.close(end.farewell())
         raise
@@ -76,4 +78,7 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    participate(link, end, trainer, part, stop)
+    try:
+        participate(link, end, trainer, part, stop, outbox)
+    finally:
+        outbox.close()

@@ -65,7 +65,7 @@ def run(
 
     try:
         store = Store(config.state, config.journal, config.keep_rounds)
-        end = CoordinatorEnd(config.federation, random.Random())
+        end = CoordinatorEnd(config.federation, random.Random(), uploads_at_once=config.uploads_at_once, state=config.state)
         bank = make_bank(config.model, config.classes, config.templates)
         for record in Federation(config, bank, Link(bus, end), end, store).run():
             if as_json:

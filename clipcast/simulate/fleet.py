@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from clipcast.simulate.engine import Engine
-from edge_client.participate import carry_out
+from edge_client.participate import carry_out, trained
 from edge_client.participation import Participation, Step, Train
 from protocol.bus import Action, Event, MemoryBroker, MemoryBus
 from protocol.client_end import ClientEnd
@@ -46,7 +46,7 @@ class _Client:
 
     def carry_out(self, steps: list[Step]) -> list[PlanReady]:
         """Do what concerns the wire; return what is to be trained."""
-        carry_out(steps, self.part, self.link, self.end)
+        carry_out(steps, self.link, self.end)
         return [step.ready for step in steps if isinstance(step, Train)]
 
 
@@ -91,7 +91,7 @@ class Fleet:
         self.clock.exclude(started)
         for future in sorted(done, key=lambda future: self._training[future].name):
             client = self._training.pop(future)
-            steps = client.part.trained(future.result())
+            steps = trained(client.part, future.result())
             self._waiting.extend((client, ready) for ready in client.carry_out(steps))
 
 
@@ -117,6 +117,10 @@ class CoordinatorBus:
     def room(self) -> int:
         """Memory has no slow link: the window is always open."""
         return self._bus.room()
+
+    def drained(self) -> bool:
+        """Memory carries at once."""
+        return True
 
     def wake(self) -> None:
         """Make a waiting receive return."""

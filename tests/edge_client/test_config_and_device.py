@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def config(**fields):
 
 
 def test_the_template_loads_and_leaves_everything_else_to_the_defaults(write):
-    assert load(write(filled())) == config()
+    file = write(filled())
+    assert load(file) == config(state=file.parent / "ann-state")
 
 
 def test_the_commented_lines_of_the_template_are_settings_that_load(write):
@@ -130,3 +132,9 @@ def test_a_new_client_says_what_it_is():
     assert status.max_rank == profile.max_rank
     told = part.failed("x")[0].status
     assert (told.profile, told.max_rank) == ("generic-cpu", profile.max_rank)
+
+
+def test_the_state_folder_is_the_clients_own_and_lies_beside_the_settings(write, tmp_path):
+    assert load(write(MINIMAL)).state == tmp_path / "ann-state"
+    assert load(write(MINIMAL + 'state = "kept"\n')).state == tmp_path / "kept"
+    assert load(write(MINIMAL + 'state = "/var/lib/clipcast"\n')).state == Path("/var/lib/clipcast")

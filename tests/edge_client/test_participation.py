@@ -11,6 +11,7 @@ from edge_client.participation import Announce, Participation, Send, Train, With
 from protocol.codec import reference
 from protocol.events import Answered, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
 from protocol.messages import Receipt, Recipe, RoundPlan, Status, TextBank, TrainingResult, Update
+from protocol.parcel import pack
 
 BANK = TextBank(1, ("cat", "dog"), ("a {}",), np.eye(2, 4, dtype=np.float32), 14.0, "tiny-clip", "d" * 64)
 NONE = np.zeros(0, np.int32)
@@ -43,7 +44,7 @@ def finished(number):
 
 
 def result_of(event):
-    return TrainingResult(event.plan.round, event.base, NOTHING, 10, 0.5, 0.5, 1.0)
+    return pack(TrainingResult(event.plan.round, event.base, NOTHING, 10, 0.5, 0.5, 1.0))
 
 
 def answered(event, accepted=True, reason="accepted"):
@@ -85,7 +86,7 @@ def test_a_finished_training_is_sent(client):
     client.on(ready(1))
     steps = client.trained(result_of(ready(1)))
     assert kinds(steps) == [Send, Announce]
-    assert steps[0].result == result_of(ready(1))
+    assert steps[0].work.parcel == result_of(ready(1))
     assert phase(steps) == ("uploading", 1, "")
 
 
@@ -190,7 +191,33 @@ def test_a_restarted_coordinator_gets_the_same_result_again_without_training(cli
     client.on(answered(ready(1)))
     again = client.on(ready(1, own=b"mine", start=2))
     assert kinds(again) == [Withdraw, Send, Announce]
-    assert again[1].result == result_of(ready(1, own=b"mine"))
+    assert again[1].work.parcel == result_of(ready(1, own=b"mine"))
+
+
+def test_what_was_trained_before_a_restart_is_offered_again_and_not_trained():
+    before = Participation(Status(state="online"))
+    before.on(ready(1))
+    (sent, _) = before.trained(result_of(ready(1)))
+    after = Participation(Status(state="online"), sent.work)
+    steps = after.on(ready(1))
+    assert kinds(steps) == [Withdraw, Send, Announce]
+    assert steps[1].work == sent.work
+    assert after.on(ready(1)) == []
+    assert trains(after.on(ready(2))) == [ready(2)]
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"recipe": Recipe(local_steps=99)}, {"run": "fedcba9876543210"}])
+def test_a_plan_of_the_same_round_that_would_train_otherwise_is_other_work(client, changed):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    again = ready(1, **changed)
+    assert trains(client.on(again)) == [again]
+
+
+def test_another_deadline_is_the_same_work(client):
+    client.on(ready(1))
+    client.trained(result_of(ready(1)))
+    assert client.on(ready(1, deadline_s=5.0)) == []
 
 
 def test_a_finished_federation_drops_the_result_and_a_new_plan_starts_again(client):
@@ -281,5 +308,5 @@ def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_curren
                 running = step.ready
             elif isinstance(step, Send):
                 assert current is not None
-                assert (step.result.round, step.result.base) == key(current)
+                assert (step.work.parcel.offer.round, step.work.parcel.offer.base) == key(current)
                 sent = current

@@ -128,7 +128,7 @@ class Network:
 def new_network() -> Callable[..., Network]:
     """Make a network of one coordinator and the clients named, all of federation `fed`, connected."""
 
-    def make(*clients: str, fates: Iterable[str] = (), max_packet: int | None = None, **limits: int) -> Network:
+    def make(*clients: str, fates: Iterable[str] = (), max_packet: int | None = None, **limits: object) -> Network:
         ends: Ends = {"coordinator": CoordinatorEnd("fed", random.Random(0), **limits)}
         for seed, client in enumerate(clients):
             ends[client] = ClientEnd("fed", client, random.Random(seed))

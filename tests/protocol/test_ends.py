@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from protocol.bus import Connected, Delivery, Publish
 from protocol.client_end import ClientEnd
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference
-from protocol.coordinator_end import GATHER_S
+from protocol.coordinator_end import GATHER_S, CoordinatorEnd
 from protocol.envelope import COORDINATOR, Envelope, encode
 from protocol.events import Answered, ClientSeen, Finished, OfferTooLarge, PlanReady, UpdateArrived, UpdateUnreadable
 from protocol.messages import (
@@ -30,6 +30,7 @@ from protocol.messages import (
     Update,
     Verdict,
 )
+from protocol.parcel import Parcel, pack
 from protocol.topics import Topics, parse
 from protocol.transfer import to_bitmap
 
@@ -95,7 +96,7 @@ def test_a_round_goes_all_the_way_whatever_the_network_loses(new_network, schedu
         network.connect()
     network.run(lambda: all(network.seen(name, PlanReady) for name in names))
     for seed, name in enumerate(names):
-        network.do(name, network.ends[name].offer(a_result(seed=seed)))
+        network.do(name, network.ends[name].offer(pack(a_result(seed=seed))))
     coordinator = network.ends["coordinator"]
     network.run(lambda: {event.client for event in network.seen("coordinator", UpdateArrived)} == set(names))
     for event in network.seen("coordinator", UpdateArrived):
@@ -135,7 +136,7 @@ def test_each_new_plan_is_ready_once_and_a_late_joiner_gets_the_newest(new_netwo
 def test_manifests_may_come_in_any_order(order):
     end = ClientEnd("fed", "a", random.Random(0))
     end.handle(Connected(SMALL_PACKETS), 0.0)
-    end.offer(a_result())
+    end.offer(pack(a_result()))
     blobs = {"classes": encode_bank(a_bank()), "round": encode_adapter(an_adapter())}
     upload = reference(encode_update(a_result().update), SMALL_PACKETS - 512)
     bank_ref, adapter_ref = (reference(blob, MIN_CHUNK_SIZE) for blob in blobs.values())
@@ -211,7 +212,7 @@ def offers(network) -> list[Publish]:
 
 def test_an_oversized_offer_is_reported_and_not_fetched(new_network):
     network = new_network("a", max_update_bytes=1000)
-    network.do("a", network.ends["a"].offer(a_result()))
+    network.do("a", network.ends["a"].offer(pack(a_result())))
     network.run(lambda: network.seen("coordinator", OfferTooLarge))
     network.pass_time(5.0)
     assert "exceed the 1000" in network.seen("coordinator", OfferTooLarge)[0].problem
@@ -222,10 +223,10 @@ def test_an_oversized_offer_is_reported_and_not_fetched(new_network):
 def test_an_upload_that_cannot_be_read_is_reported_once(new_network):
     network = new_network("a")
     end = network.ends["a"]
-    end.offer(a_result())
+    end.offer(pack(a_result()))
     blob = encode_update(a_result().update)[:-3]
     upload = end._upload
-    upload.offer = upload.offer.model_copy(update={"blob": reference(blob)})
+    upload.parcel = Parcel(upload.offer.model_copy(update={"blob": reference(blob)}), blob)
     upload.serve = dataclasses.replace(upload.serve, blob=blob, ref=upload.offer.blob)
     network.run(lambda: network.seen("coordinator", UpdateUnreadable))
     (event,) = network.seen("coordinator", UpdateUnreadable)
@@ -238,7 +239,7 @@ def test_an_upload_that_cannot_be_read_is_reported_once(new_network):
 
 def test_a_repeated_offer_gets_the_same_receipt_again_and_is_not_fetched_twice(new_network):
     network = new_network("a")
-    network.do("a", network.ends["a"].offer(a_result()))
+    network.do("a", network.ends["a"].offer(pack(a_result())))
     network.run(lambda: network.seen("coordinator", UpdateArrived))
     (event,) = network.seen("coordinator", UpdateArrived)
     verdict = Verdict(accepted=False, reason="late", detail="x" * 900)
@@ -252,7 +253,7 @@ def test_a_repeated_offer_gets_the_same_receipt_again_and_is_not_fetched_twice(n
 def test_an_identical_update_of_the_next_round_gets_its_own_verdict(new_network):
     network = new_network("a")
     for number, accepted in ((1, False), (2, True)):
-        network.do("a", network.ends["a"].offer(a_result(number)))
+        network.do("a", network.ends["a"].offer(pack(a_result(number))))
         network.run(lambda number=number: len(network.seen("coordinator", UpdateArrived)) == number)
         event = network.seen("coordinator", UpdateArrived)[-1]
         network.do("coordinator", network.ends["coordinator"].answer("a", event.offer, Verdict(accepted=accepted)))
@@ -262,7 +263,7 @@ def test_an_identical_update_of_the_next_round_gets_its_own_verdict(new_network)
 
 def test_a_coordinator_that_lost_its_memory_takes_the_upload_anew(new_network):
     network = new_network("a", max_packet=SMALL_PACKETS)
-    network.do("a", network.ends["a"].offer(a_result()))
+    network.do("a", network.ends["a"].offer(pack(a_result())))
     network.run(lambda: any("/blob/" in message.topic for message in network.published))
     network.ends["coordinator"] = type(network.ends["coordinator"])("fed", random.Random(1))
     network.connect("coordinator")
@@ -271,9 +272,102 @@ def test_a_coordinator_that_lost_its_memory_takes_the_upload_anew(new_network):
 
 def test_a_withdrawn_offer_falls_silent(new_network):
     network = new_network("a")
-    network.ends["a"].offer(a_result())
+    network.ends["a"].offer(pack(a_result()))
     network.step()
     assert len(offers(network)) == 1
     network.ends["a"].withdraw()
     network.pass_time(70.0)
     assert len(offers(network)) == 1
+
+
+def sent(network, start: int, kind: str) -> list[int]:
+    """Indices of the chunks published since message `start` in one direction."""
+    addresses = [parse(message.topic) for message in network.published[start:]]
+    return [int(a.index) for a in addresses if a.kind == "blob" and a.direction == kind and a.index is not None]
+
+
+def test_a_restarted_client_fetches_only_what_it_lacks_and_what_it_has_not_at_all(new_network, tmp_path):
+    network = new_network("a", max_packet=SMALL_PACKETS)
+    network.ends["a"] = ClientEnd("fed", "a", random.Random(0), tmp_path)
+    network.connect()
+    plan = open_round(network)
+    network.run(lambda: len(sent(network, 0, "all")) > 9)  # killed while the adapter is under way: the bank is here
+    network.ends["a"] = ClientEnd("fed", "a", random.Random(1), tmp_path)
+    network.connect("a")
+    start = len(network.published)
+    network.run(lambda: network.seen("a", PlanReady))
+    again = sent(network, start, "all")
+    assert 0 < len(again) < plan.adapter.chunks
+    network.ends["a"] = ClientEnd("fed", "a", random.Random(2), tmp_path)
+    network.events["a"].clear()
+    start = len(network.published)
+    network.connect("a")
+    network.run(lambda: network.seen("a", PlanReady))
+    assert sent(network, start, "all") == []
+    (ready,) = network.seen("a", PlanReady)
+    assert encode_adapter(ready.adapter) == encode_adapter(an_adapter())
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def a_long_result() -> TrainingResult:
+    """An update of some ninety small chunks."""
+    result = a_result()
+    adapter = {"x.lora_A": np.ones((4, 12_000), np.float32)}
+    return dataclasses.replace(result, update=dataclasses.replace(result.update, adapter=adapter))
+
+
+def is_request(message: Publish) -> bool:
+    """Whether the coordinator asks a client for chunks."""
+    address = parse(message.topic)
+    return (address.direction, address.kind) == ("to", "need")
+
+
+def test_a_restarted_coordinator_asks_only_for_what_it_lacks_of_an_upload(new_network, tmp_path):
+    network = new_network("a", max_packet=SMALL_PACKETS, state=tmp_path)
+    open_round(network)
+    network.do("a", network.ends["a"].offer(pack(a_long_result())))
+    chunks = network.ends["a"]._upload.offer.blob.chunks
+    network.run(lambda: len(sent(network, 0, "from")) > 3)
+    network.step()
+    network.ends["coordinator"] = CoordinatorEnd("fed", random.Random(1), state=tmp_path)
+    network.connect("coordinator")
+    open_round(network)
+    start = len(network.published)
+    network.run(lambda: network.seen("coordinator", UpdateArrived))
+    again = sent(network, start, "from")
+    assert sorted(set(again)) == list(range(min(again), chunks))
+    assert min(again) > 3
+    (arrived,) = network.seen("coordinator", UpdateArrived)
+    assert encode_update(arrived.update) == encode_update(a_long_result().update)
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def test_what_was_taken_of_an_upload_is_forgotten_when_its_client_is_not_drawn_again(new_network, tmp_path):
+    network = new_network("a", max_packet=SMALL_PACKETS, state=tmp_path)
+    open_round(network)
+    network.do("a", network.ends["a"].offer(pack(a_long_result())))
+    network.run(lambda: len(sent(network, 0, "from")) > 3)
+    network.step()
+    assert list((tmp_path / "partial").iterdir())
+    end = network.ends["coordinator"]
+    network.do("coordinator", end.publish_plan(a_plan(end.serve_adapter(an_adapter()), reference(b"bank"), 2, "finished")))
+    end.publish_plan(a_plan(end.serve_adapter(an_adapter()), reference(b"bank"), 3).model_copy(update={"participants": ()}))
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def test_no_more_clients_than_allowed_upload_at_a_time_and_all_come_through(new_network):
+    clients = ("a", "b", "c", "late")
+    network = new_network(*clients, max_packet=SMALL_PACKETS, uploads_at_once=2)
+    open_round(network)
+    for client in clients:
+        network.do(client, network.ends[client].offer(pack(a_long_result())))
+    uploading: list[int] = []
+
+    def all_arrived() -> bool:
+        done = {event.client for event in network.seen("coordinator", UpdateArrived)}
+        asked = {parse(message.topic).client for message in network.published if is_request(message)}
+        uploading.append(len(asked - done))
+        return len(done) == len(clients)
+
+    network.run(all_arrived)
+    assert max(uploading) == 2

@@ -31,6 +31,7 @@ from protocol.messages import (
     TrainingResult,
     Update,
 )
+from protocol.parcel import pack
 from protocol.topics import Topics
 from protocol.transfer import to_bitmap
 
@@ -83,7 +84,7 @@ def new_client(offering: bool = False) -> ClientEnd:
     end = ClientEnd("fed", "a", random.Random(0))
     end.handle(Connected(None), 0.0)
     if offering:
-        end.offer(a_result())
+        end.offer(pack(a_result()))
     return end
 
 
@@ -248,7 +249,7 @@ def test_an_offer_of_absurdly_many_chunks_is_refused_before_it_is_an_offer():
 
 def test_a_result_whose_loss_is_not_finite_is_refused():
     with pytest.raises(WireError):
-        new_client().offer(a_result(loss=float("nan")))
+        pack(a_result(loss=float("nan")))
 
 
 def test_a_blob_that_cannot_be_read_is_not_waited_for_in_silence():
@@ -266,7 +267,7 @@ def test_bytes_are_counted_until_the_next_offer():
     delivery = the_bank()
     give(end, delivery, delivery)
     assert end.bytes_received == 2 * len(delivery.payload)
-    end.offer(a_result())
+    end.offer(pack(a_result()))
     assert (end._upload.offer.bytes_received, end.bytes_received) == (2 * len(delivery.payload), 0)
 
 

@@ -57,6 +57,7 @@ def test_a_blob_arrives_whole_once_loss_stops_and_no_need_exceeds_the_window(siz
         if bitmap := fetch.need(now):
             assert 1 <= len(from_bitmap(bitmap, fetch.ref.chunks)) <= window
             line.send(step, bitmap)
+        serve.landed()
         taken = serve.take(room, now)
         assert len(taken) <= room
         for chunk in taken:
@@ -83,6 +84,7 @@ def test_a_broadcast_serves_receivers_that_lose_different_chunks(size, receivers
         for fetch in fetches:
             if bitmap := fetch.need(now):
                 serve.need(bitmap, now)
+        serve.landed()
         for chunk, receiver in itertools.product(serve.take(8, now), range(receivers)):
             line.send(step, (receiver, chunk))
         for receiver, chunk in line.arrived(step):
@@ -217,3 +219,46 @@ def test_all_chunks_of_the_largest_blob_can_be_asked_for():
     ref = BlobRef(sha256="ab" * 32, size=MAX_BLOB_SIZE, chunk_size=MAX_BLOB_SIZE // MAX_CHUNKS)
     missing = Fetch(ref, Repeat(random.Random(0))).need(0.0)
     assert Need(sha256=ref.sha256, missing=missing).missing == missing
+
+
+def test_chunks_that_come_slowly_are_not_asked_for_again_while_they_come():
+    """One chunk in 20 s, far slower than the first interval: after the first one it waits for the pace of the link."""
+    blob = a_blob(8 * CHUNK)
+    ref = reference(blob, CHUNK)
+    fetch, asked, now = Fetch(ref, Repeat(random.Random(0), 6.0), window=8), 0, 0.0
+    for index in range(8):
+        for _ in range(200):
+            now += 0.1
+            asked += fetch.need(now) is not None
+        fetch.chunk(index, blob[index * CHUNK : (index + 1) * CHUNK], now)
+    assert fetch.blob() == blob
+    assert asked <= 3  # before the first chunk came
+
+
+def test_a_repeated_offer_hastens_the_next_need_only_when_nothing_comes():
+    blob = a_blob(8 * CHUNK)
+    fetch = Fetch(reference(blob, CHUNK), Repeat(random.Random(0), 6.0), window=8)
+    assert fetch.need(0.0)
+    fetch.nudge(0.5)
+    assert fetch.need(0.5) is None
+    fetch.nudge(1.5)
+    assert fetch.need(1.5)
+    fetch.chunk(0, blob[:CHUNK], 2.0)
+    fetch.nudge(2.5)
+    assert fetch.need(2.5) is None
+
+
+def test_what_is_under_way_is_not_given_out_again_until_it_has_landed():
+    blob = a_blob(4 * CHUNK)
+    serve = Serve(blob, reference(blob, CHUNK))
+    serve.need("f0", 0.0)
+    assert [index for index, _ in serve.take(2, 0.0)] == [0, 1]
+    serve.need("f0", 1.0)
+    assert serve.busy
+    assert [index for index, _ in serve.take(8, 1.0)] == [2, 3]
+    serve.need("f0", 2.0)
+    assert serve.take(8, 2.0) == []
+    serve.landed()
+    assert not serve.busy
+    serve.need("80", 3.0)
+    assert [index for index, _ in serve.take(8, 3.0)] == [0]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from coordinator.errors import FederationError
 from protocol.codec import sha256
 from protocol.files import sync_folder, write_atomic
 
 SUFFIX = ".safetensors"
+
+
+class BlobError(RuntimeError):
+    """A blob that is not there, or not what its name says."""
 
 
 class Blobs:
@@ -26,23 +29,27 @@ class Blobs:
         """Keep a blob, once however often it is put; return its SHA-256."""
         digest = sha256(blob)
         path = self.path(digest)
-        if path.exists():
+        try:
+            kept = path.read_bytes()
+        except OSError:
+            kept = None
+        if kept == blob:  # and not merely a file of that name: it may be damaged
             sync_folder(self.folder)  # a crash may have come between the file's rename and this
         else:
             write_atomic(path, blob)
         return digest
 
     def get(self, digest: str) -> bytes:
-        """Return the blob of this hash; raises FederationError if it is not there or not what its name says."""
+        """Return the blob of this hash; raises BlobError if it is not there or not what its name says."""
         path = self.path(digest)
         try:
             blob = path.read_bytes()
         except FileNotFoundError as error:
-            raise FederationError(
-                f"{path} is missing although the journal names it: restore it, or move {self.folder.parent} aside"
-            ) from error
+            raise BlobError(f"{path} is missing") from error
+        except OSError as error:
+            raise BlobError(f"{path} cannot be read: {error}") from error
         if sha256(blob) != digest:
-            raise FederationError(f"{path} is damaged, its hash is another: restore it, or move {self.folder.parent} aside")
+            raise BlobError(f"{path} is damaged, its hash is another")
         return blob
 
     def digests(self) -> Iterator[str]:

@@ -1,0 +1,43 @@
+"""A result packed for the way: its offer, and the blob that the offer is for. What a client keeps until its receipt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from protocol.codec import encode_update, reference
+from protocol.errors import WireError
+from protocol.messages import Offer, TrainingResult
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """An offer and its blob."""
+
+    offer: Offer
+    blob: bytes
+
+    def cut(self, chunk_size: int) -> Parcel:
+        """Return the same, offered in chunks of this size; raises WireError if that makes too many."""
+        return Parcel(self.offer.model_copy(update={"blob": reference(self.blob, chunk_size)}), self.blob)
+
+
+def pack(result: TrainingResult) -> Parcel:
+    """Pack a result; raises WireError if it is not finite, as after a training that diverged."""
+    blob = encode_update(result.update)
+    try:
+        offer = Offer(
+            round=result.round,
+            base=result.base,
+            blob=reference(blob),
+            samples=result.samples,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            train_seconds=result.train_seconds,
+            bytes_received=0,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise WireError(f"a result whose {problem['loc'][0]} cannot be offered: {problem['msg']}") from error
+    return Parcel(offer, blob)
