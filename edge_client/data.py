@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +61,11 @@ class Dataset:
         """Return what identifies the pixels of the given pictures: no augmentation, a picture has exactly one view."""
         cut = (self.preprocessing.short_side, self.preprocessing.crop)
         return [(self.pictures[int(index)].key, cut) for index in indices]
+
+    def digest(self) -> str:
+        """Return a hash of which pictures these are, of which classes, and how they are cut; not of their content."""
+        about = [(repr(key), int(label)) for key, label in zip(self.keys(range(len(self))), self.labels, strict=True)]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def pixels(self, indices: Sequence[int], *, keep: bool = True) -> Pixels:
         """Return the given pictures, uint8 (batch, height, width, 3); `keep=False` for those that are needed once."""

@@ -8,15 +8,18 @@ from functools import partial
 import torch
 
 from clip_lora.towers import default_device
+from edge_client.checkpoint import Checkpoint
 from edge_client.config import ClientConfig, Placement
 from edge_client.data import open_dataset
-from edge_client.outbox import Work
 from edge_client.participation import Participation
 from edge_client.train import Trainer
+from edge_client.work import Work
 from hardware_profiles.profile import Profile
 from protocol.messages import Status
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def place(config: ClientConfig, profile: Profile) -> Placement:
@@ -44,5 +47,6 @@ def new_client(config: ClientConfig, profile: Profile, done: Work | None = None)
         device=placement.device,
         max_rank=placement.max_rank,
     )
-    trainer = Trainer(config.id, partial(open_dataset, config.data), placement, config.model)
+    pictures = partial(open_dataset, config.data)
+    trainer = Trainer(config.id, pictures, placement, config.model, checkpoint=Checkpoint(config.state / CHECKPOINT))
     return trainer, Participation(status, done), status

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_client.errors import StateError
+from edge_client.work import Work
 from protocol.blobs import BlobError, Blobs
 from protocol.files import lock_folder, write_atomic
 from protocol.messages import Offer, Sha256
 from protocol.parcel import Parcel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A finished training: its update, and the hash of all that it was made from (participation.work_of)."""
-
-    key: str
-    parcel: Parcel
 
 
 class _Note(BaseModel):

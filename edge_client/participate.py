@@ -6,9 +6,10 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from edge_client.outbox import Outbox, Work
+from edge_client.outbox import Outbox
 from edge_client.participation import Announce, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
+from edge_client.work import Work
 from protocol.client_end import ClientEnd
 from protocol.errors import WireError
 from protocol.events import ClientEvent

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 
-from edge_client.outbox import Work
+from edge_client.work import Work, work_of
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
 from protocol.messages import Status
 from protocol.parcel import Parcel
@@ -107,10 +105,3 @@ class Participation:
         fields = {**self._status.model_dump(), "phase": phase, "round": number, "detail": detail}
         self._status = Status.model_validate(fields)
         return Announce(self._status)
-
-
-def work_of(ready: PlanReady) -> str:
-    """Return the hash of all that a training depends on besides the device: equal work has an equal result."""
-    plan = ready.plan
-    parts = [plan.run, plan.round, plan.classes, ready.base, plan.seed, plan.recipe.model_dump(mode="json")]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

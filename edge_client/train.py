@@ -6,6 +6,7 @@ The model is loaded once per process and kept; a round only swaps adapters.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,14 @@ from clip_lora.algebra import rank_of
 from clip_lora.lora import adapter_state, load_adapter
 from clip_lora.preprocess import Preprocessing
 from clip_lora.towers import ModelFacts, model_facts
+from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.data import Dataset
 from edge_client.encoder import ImageEncoder
 from edge_client.encoders import Encoders
 from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
+from edge_client.work import work_of
 from protocol.events import PlanReady
 from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingResult, Update
 
@@ -58,6 +61,7 @@ class Trainer:
         placement: Placement,
         model: str | None,
         encoders: Encoders | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._id = client_id
         self._open_pictures = open_pictures
@@ -65,6 +69,7 @@ class Trainer:
         self._model = model
         self._facts: ModelFacts | None = None
         self._encoders = encoders or Encoders()
+        self._checkpoint = checkpoint
         self._data: Dataset | None = None
         self._classes: tuple[str, ...] | None = None
 
@@ -95,15 +100,19 @@ class Trainer:
         return encoder, self._data
 
     def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
-        """Train one round and return what goes up."""
+        """Train one round, from its checkpoint if there is one, and return what goes up; raises TrainingStopped."""
         plan, bank = ready.plan, ready.bank
         started = time.monotonic()
         recipe = plan.recipe.at_rank(rank_of(ready.adapter))
         encoder, data = self.prepare(bank, recipe)
         seed = derive_seed(plan.seed, plan.round, self._id)
         load_adapter(encoder.model, ready.adapter)
-        metrics = local_steps(encoder, data, bank, recipe, seed, self._placement.batch_size, stopped)
+        batch = self._placement.batch_size
+        work = work_of(ready, self._id, self._placement.bits, self._placement.device, batch, data.digest())
+        metrics = local_steps(encoder, data, bank, recipe, seed, batch, stopped, self._checkpoint, work)
         update, accuracy = summarise(encoder, data, bank, recipe, seed, ready.adapter)
+        if self._checkpoint is not None:
+            self._checkpoint.clear()
         return TrainingResult(plan.round, ready.base, update, len(data), metrics.loss, accuracy, time.monotonic() - started)
 
 
@@ -121,18 +130,27 @@ def local_steps(
     seed: int,
     batch_limit: int,
     stopped: Callable[[], bool] = lambda: False,
+    checkpoint: Checkpoint | None = None,
+    work: str = "",
 ) -> Metrics:
-    """Take `recipe.local_steps` AdamW steps on the adapter; raises TrainingStopped as soon as `stopped()`."""
+    """Take `recipe.local_steps` AdamW steps on the adapter; raises TrainingStopped as soon as `stopped()`.
+
+    If `checkpoint` is of `work`, it goes on from there, to the same bits as without a break.
+    """
     parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     targets = torch.from_numpy(bank.embeddings).to(encoder.device)
     labels = torch.from_numpy(data.labels.astype(np.int64)).to(encoder.device)
-    total, started = 0.0, time.monotonic()
-    batches = _batches(len(data), min(recipe.batch_size, batch_limit), seed)
-    for _ in range(recipe.local_steps):
-        if stopped():
+    started, size = time.monotonic(), min(recipe.batch_size, batch_limit)
+    first, total = (0, 0.0) if checkpoint is None else checkpoint.load(work, parameters, optimizer)
+    epoch = -(-len(data) // size)
+    batches = itertools.islice(_batches(len(data), size, seed), first, recipe.local_steps)
+    for step, batch in enumerate(batches, start=first):
+        asked_to_stop = stopped()
+        if checkpoint is not None and step > first and (asked_to_stop or (step % epoch == 0 and checkpoint.due())):
+            checkpoint.save(work, step, total, parameters, optimizer)
+        if asked_to_stop:
             raise TrainingStopped
-        batch = next(batches)
         features = encoder.encode(data, batch.tolist())
         y = labels[torch.from_numpy(batch)]
         loss = alignment_loss(features, y, targets, bank.logit_scale) + recipe.mu * orthogonal_loss(features, y)

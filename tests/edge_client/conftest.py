@@ -12,6 +12,7 @@ import pytest
 from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
 from clip_lora.towers import load_config, one_thread
 from coordinator.text_bank import make_bank
+from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.data import Dataset, find_pictures, open_dataset
 from edge_client.encoder import ImageEncoder
@@ -81,9 +82,15 @@ def make_ready() -> MakeReady:
 def make_trainer(home: Path) -> MakeTrainer:
     """A trainer on `home`; keyword arguments replace parts of its placement."""
 
-    def make(client: str = "ann", source: str = str(home), model: str | None = None, **placement: object) -> Trainer:
+    def make(
+        client: str = "ann",
+        source: str = str(home),
+        model: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        **placement: object,
+    ) -> Trainer:
         where = replace(Placement(4, 32, 16, "cpu"), **placement)  # type: ignore[arg-type]
-        return Trainer(client, partial(open_dataset, source), where, model)
+        return Trainer(client, partial(open_dataset, source), where, model, checkpoint=checkpoint)
 
     return make
 

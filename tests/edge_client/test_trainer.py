@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from clip_lora.errors import ModelError
 from coordinator.checks import Expectation, Start, check_update
 from coordinator.text_bank import make_bank
+from edge_client.checkpoint import Checkpoint
 from edge_client.errors import DataError, UnfitPlanError
 from edge_client.train import TrainingStopped
 from protocol.codec import decode_update, encode_update
@@ -129,3 +133,98 @@ def test_pictures_that_do_not_fit_the_bank_stop_the_round_with_the_reason(make_t
         make_trainer().run(make_ready(other), never)
     with pytest.raises(DataError, match="no such folder"):
         make_trainer(source=str(tmp_path / "absent")).run(make_ready(other), never)
+
+
+EPOCHS = {"local_steps": 8, "batch_size": 8}  # 24 pictures: an epoch is three steps
+
+
+@pytest.fixture
+def long_ready(make_ready, bank, recipe):
+    return make_ready(bank, recipe.model_copy(update=EPOCHS))
+
+
+def killed_after(steps):
+    """Stopped as kill -9 stops: nothing is done about it."""
+
+    class KilledError(Exception):
+        pass
+
+    left = iter(range(steps))
+
+    def stopped():
+        if next(left, None) is None:
+            raise KilledError
+        return False
+
+    return stopped, KilledError
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 6, 7])
+def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_bits(make_trainer, long_ready, tmp_path, steps, caplog):
+    calm = make_trainer().run(long_ready, never)
+    path = tmp_path / "checkpoint"
+    stopped, killed = killed_after(steps)
+    trainer = make_trainer(checkpoint=Checkpoint(path, every_s=0.0))
+    with pytest.raises(killed):
+        trainer.run(long_ready, stopped)
+    taken = []
+    with caplog.at_level("INFO"):
+        again = make_trainer(checkpoint=Checkpoint(path)).run(long_ready, lambda: bool(taken.append(1)))
+    assert len(taken) == 8 - (steps - 1) // 3 * 3
+    assert ("goes on after step" in caplog.text) == (steps > 3)
+    assert encode_update(again.update) == encode_update(calm.update)
+    assert (again.loss, again.accuracy) == (calm.loss, calm.accuracy)
+    assert not path.exists()
+
+
+def test_a_training_that_is_asked_to_stop_loses_no_step(make_trainer, long_ready, tmp_path):
+    path, answers = tmp_path / "checkpoint", iter([False, False, True])
+    trainer = make_trainer(checkpoint=Checkpoint(path))
+    with pytest.raises(TrainingStopped):
+        trainer.run(long_ready, lambda: next(answers))
+    taken = []
+    again = make_trainer(checkpoint=Checkpoint(path)).run(long_ready, lambda: bool(taken.append(1)))
+    assert len(taken) == 6
+    assert encode_update(again.update) == encode_update(make_trainer().run(long_ready, never).update)
+
+
+@pytest.mark.parametrize("damage", ["torn", "not one", "another round's", "other shapes"])
+def test_a_checkpoint_that_is_not_of_this_training_is_not_used(make_trainer, make_ready, long_ready, bank, tmp_path, damage):
+    path = tmp_path / "checkpoint"
+    stopped, killed = killed_after(5)
+    with pytest.raises(killed):
+        make_trainer(checkpoint=Checkpoint(path, every_s=0.0)).run(long_ready, stopped)
+    ready = long_ready
+    if damage == "torn":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "not one":
+        path.write_bytes(b"{}")
+    elif damage == "other shapes":
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).reshape(-1)[:1].contiguous() for name in file.keys()}  # noqa: SIM118 - no mapping
+            save_file(tensors, path, file.metadata())
+    else:
+        ready = make_ready(bank, long_ready.plan.recipe, number=2)
+    taken = []
+    again = make_trainer(checkpoint=Checkpoint(path)).run(ready, lambda: bool(taken.append(1)))
+    assert len(taken) == 8
+    assert encode_update(again.update) == encode_update(make_trainer().run(ready, never).update)
+
+
+def test_a_checkpoint_of_other_pictures_is_not_used(make_trainer, long_ready, home, tmp_path):
+    path, other = tmp_path / "checkpoint", tmp_path / "pictures"
+    stopped, killed = killed_after(5)
+    with pytest.raises(killed):
+        make_trainer(checkpoint=Checkpoint(path, every_s=0.0)).run(long_ready, stopped)
+    shutil.copytree(home, other)
+    next(other.rglob("*.png")).touch()
+    taken = []
+    make_trainer(source=str(other), checkpoint=Checkpoint(path)).run(long_ready, lambda: bool(taken.append(1)))
+    assert len(taken) == 8
+
+
+def test_no_checkpoint_is_written_more_often_than_told(make_trainer, long_ready, tmp_path):
+    path = tmp_path / "checkpoint"
+    seen = []
+    make_trainer(checkpoint=Checkpoint(path, every_s=3600.0)).run(long_ready, lambda: bool(seen.append(path.exists())))
+    assert not any(seen)

@@ -1,0 +1,25 @@
+"""What identifies a training: two with equal keys have equal results, bit for bit, on one device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from protocol.events import PlanReady
+from protocol.parcel import Parcel
+
+
+@dataclass(frozen=True)
+class Work:
+    """A finished training: its update, and the hash of all that it was made from."""
+
+    key: str
+    parcel: Parcel
+
+
+def work_of(ready: PlanReady, *more: object) -> str:
+    """Return the hash of all that a training depends on besides the device and its pictures, and of `more`."""
+    plan = ready.plan
+    parts = [plan.run, plan.round, plan.classes, ready.base, plan.seed, plan.recipe.model_dump(mode="json"), *more]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
