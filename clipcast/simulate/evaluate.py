@@ -28,11 +28,11 @@ class Judge:
     model: str
     bits: int
     device: str
-    _known: dict[tuple[str, int], Shares] = field(default_factory=dict)
+    _known: dict[tuple[str, str], Shares] = field(default_factory=dict)
 
     def by_class(self, known: Knowledge, adapter: Adapter, recipe: Recipe) -> Shares:
         """Return the share of each class's test pictures that are answered correctly, (C,); NaN for a class without any."""
-        key = (sha256(encode_adapter(adapter)), known.bank.version)
+        key = (sha256(encode_adapter(adapter)), sha256(known.bank.embeddings.tobytes()))
         if key not in self._known:
             encoder = self.encoders.get(self.model, self.bits, self.device, recipe.at_rank(rank_of(adapter)))
             load_adapter(encoder.model, adapter)
