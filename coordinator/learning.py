@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from clip_lora.algebra import rank_of
 from coordinator.aggregate import Contribution, aggregate
-from coordinator.personal import Attention, at_rank, personalise
+from coordinator.personal import Attention, at_rank, below, personalise
 from coordinator.recipe import FederationRecipe
 from coordinator.text_side import TextLoss, TextSamples, TextSide
 from protocol.codec import decode_adapter, encode_adapter
@@ -59,12 +60,16 @@ class Learner:
         recipe = self._recipe
         bank, text, loss = self._train_text(contributions, known)
         common = stored(aggregate(contributions, recipe.aggregation, recipe.rank, known.adapter))
-        own, attention = dict(known.own), None
+        renewed: dict[str, Adapter] = {}
+        attention = None
         if recipe.personal.query != "none":
             personal, attention = personalise(contributions, recipe, bank.embeddings, common)
-            own |= {client: stored(adapter) for client, adapter in personal.items()}
-        renewed = attention.clients if attention else ()
-        return Knowledge(bank, common, text, own), Lesson(loss, attention, class_accuracy(contributions, bank), renewed)
+            absent = {client: adapter for client, adapter in known.own.items() if client not in personal}
+            # Below the cut everybody has the global adapter, and that is new for the absent too.
+            renewed = {**personal, **(self._cut(absent, common) if recipe.personal.cut else {})}
+        own = {**known.own, **{client: stored(adapter) for client, adapter in renewed.items()}}
+        lesson = Lesson(loss, attention, class_accuracy(contributions, bank), tuple(sorted(renewed)))
+        return Knowledge(bank, common, text, own), lesson
 
     def align(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Train the text side alone, on features as the final global adapter sees them."""
@@ -73,12 +78,18 @@ class Learner:
 
     def close(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Take what the closing round's clients trained, or a query makes of it, as their own adapters; all else stays."""
-        own, attention = {client: contributions[client].update.adapter for client in sorted(contributions)}, None
+        trained = {client: contributions[client].update.adapter for client in sorted(contributions)}
+        own, attention = self._cut(trained, known.adapter), None
         if self._recipe.personal.query != "none" and self._recipe.personal.ex_query:
             personal, attention = personalise(contributions, self._recipe, known.bank.embeddings, known.adapter)
             own |= personal
         lesson = Lesson(None, attention, class_accuracy(contributions, known.bank), tuple(own))
         return replace(known, own={**known.own, **{client: stored(adapter) for client, adapter in own.items()}}), lesson
+
+    def _cut(self, own: Mapping[str, Adapter], common: Adapter) -> dict[str, Adapter]:
+        """Return clients' adapters with the global one in the blocks below the cut (docs/method.md, step 1)."""
+        cut = self._recipe.personal.cut
+        return {client: below(cut, at_rank(common, rank_of(adapter)), adapter) for client, adapter in own.items()}
 
     def _train_text(
         self, contributions: Mapping[str, Contribution], known: Knowledge

@@ -264,6 +264,31 @@ def test_a_client_that_is_absent_keeps_its_own_adapter(bank, start):
     assert sorted(first.own) == ["ann", "bob", "cid"]
 
 
+def blocks(adapter, number):
+    """The factors of one block, exactly."""
+    return {name: array.tobytes() for name, array in adapter.items() if f".layers.{number}." in name}
+
+
+def test_below_the_cut_everybody_has_the_global_adapter_the_absent_too(bank, start):
+    learner = Learner(bank, recipe(personal={"query": "R1", "cut": 1}), 0)
+    first, _ = learner.learn(contributions(bank), start)
+    second, lesson = learner.learn(contributions(bank, 2, ("bob", "cid")), first)
+    assert lesson.renewed == ("ann", "bob", "cid")
+    for client in ("ann", "bob", "cid"):
+        assert blocks(second.own[client], 0) == blocks(second.adapter, 0)
+    assert blocks(second.own["ann"], 1) == blocks(first.own["ann"], 1)
+    assert blocks(second.own["bob"], 1) != blocks(first.own["bob"], 1)
+
+
+@pytest.mark.parametrize("ex_query", [True, False])
+def test_closing_keeps_the_cut(bank, start, ex_query):
+    how = recipe(personal={"query": "R1", "cut": 1, "closing_steps": 2, "ex_query": ex_query})
+    known, _ = Learner(bank, how, 0).close(contributions(bank, clients=("ann", "bob")), start)
+    for client in ("ann", "bob"):
+        assert blocks(known.own[client], 0) == blocks(start.adapter, 0)
+        assert blocks(known.own[client], 1) != blocks(start.adapter, 1)
+
+
 def test_a_client_starts_from_its_own_adapter_or_else_the_global_one_at_its_rank(bank, start):
     known, _ = Learner(bank, recipe(), 0).learn(contributions(bank, clients=("ann", "bob")), start)
     assert exact(known.start_of("ann", 2)) == exact(known.own["ann"])
