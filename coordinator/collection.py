@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, check_offer, check_update, rejected
-from protocol.events import CoordinatorEvent, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
-from protocol.messages import Offer, RoundPlan, Verdict
+from protocol.events import ClientSeen, CoordinatorEvent, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
+from protocol.messages import Offer, RoundPlan, Status, Verdict
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Collection:
         self._quorum = quorum
         self._deadline = now + expected.plan.deadline_s
         self._accepted = dict(accepted or {})
+        self._failed: set[str] = set()
         self.refused = list(refused)
 
     @property
@@ -78,10 +79,10 @@ class Collection:
     def patience(self, now: float) -> float:
         """Return how many seconds the round stays open: 0 with its quorum, without hope of one, or after its deadline.
 
-        A client whose update was refused sends no other in the round, so it counts no more.
+        A client whose update was refused, or that says that it has failed, sends no other in the round: it counts no more.
         """
-        refused = {answer.client for answer in self.refused if answer.offer.round == self.plan.round}
-        hopeless = len(set(self.plan.participants) - (refused - self._accepted.keys())) < self._quorum
+        out = self._failed | {answer.client for answer in self.refused if answer.offer.round == self.plan.round}
+        hopeless = len(set(self.plan.participants) - (out - self._accepted.keys())) < self._quorum
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
     def take(self, event: CoordinatorEvent) -> Answer | Wanted | None:
@@ -101,6 +102,13 @@ class Collection:
                 return self._answer(Answer(client, offer, rejected("unreadable", problem)))
             case OfferTooLarge(client=client, offer=offer, problem=problem):
                 return self._answer(Answer(client, offer, rejected("too-large", problem)))
+            case ClientSeen(client=client, status=Status(phase=phase, round=number)):
+                # A hint that only ends a wait for nothing: an update that comes all the same is taken as any other.
+                if (phase, number) == ("failed", self.plan.round):
+                    self._failed.add(client)
+                elif phase in ("training", "uploading"):
+                    self._failed.discard(client)
+                return None
             case _:
                 return None
 

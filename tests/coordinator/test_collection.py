@@ -53,6 +53,32 @@ def test_the_deadline_closes_the_round_without_a_quorum(expected, arrival):
     assert not collection.has_quorum
 
 
+def told(client, phase, number=None):
+    return ClientSeen(client, Status(state="online", phase=phase, round=number))
+
+
+def test_a_round_whose_clients_have_failed_is_not_waited_for(expected, arrival):
+    """Of four participants three are the quorum: one failure leaves hope, two do not."""
+    number = expected.plan.round
+    collection = Collection(expected, len(expected.plan.participants) - 1, START)
+    one, two, *_ = expected.plan.participants
+    collection.take(told(one, "failed", number - 1))
+    collection.take(told(two, "failed", number))
+    assert collection.patience(START) == 100.0
+    collection.take(told(one, "failed", number))
+    assert collection.patience(START) == 0.0
+    collection.take(told(one, "training", number))  # it was restarted
+    assert collection.patience(START) == 100.0
+
+
+def test_a_client_that_said_it_failed_and_delivers_all_the_same_counts(expected, arrival):
+    collection = Collection(expected, 2, START)
+    collection.take(told("ann", "failed", expected.plan.round))
+    assert collection.take(arrival("ann")).verdict.accepted
+    assert collection.take(arrival("bob")).verdict.accepted
+    assert collection.has_quorum
+
+
 def test_an_update_that_arrives_with_the_last_of_the_quorum_counts_too(expected, arrival):
     collection = Collection(expected, 1, START)
     collection.take(arrival("bob"))
