@@ -53,6 +53,7 @@ class Block:
     shots: str
     bits: Literal[4, 8, 32] = 4
     seeds: int | None = None  # default: --seeds
+    training_rounds: int | None = None
 
     @property
     def specs(self) -> dict[str, str]:
@@ -77,12 +78,20 @@ class Block:
     @property
     def rounds(self) -> int:
         """Number of rounds, closing round aside."""
+        if self.training_rounds is not None:
+            return self.training_rounds
         return 2 if self.shots == "all" else 3
 
 
+MORE_STEPS = {"fedlora, 15 local steps": "fedlora+local_steps=15", "fedalign, 15 local steps": "fedalign+local_steps=15"}
 # Differences of tenths of a point need more seeds than the rest.
 QUANTISED = tuple(
     Block(f"{bits}-bit base, disjoint classes, 16 pictures a class", BITS, "disjoint", "16", bits, 10) for bits in (32, 8, 4)
+)
+# The ladder's few rounds and steps are what serves fedalign: what do they cost the baseline?
+LONGER = (
+    Block("Eight rounds, disjoint classes, all pictures", BITS, "disjoint", "all", training_rounds=8),
+    Block("More local steps, disjoint classes, 16 pictures a class", MORE_STEPS, "disjoint", "16"),
 )
 BLOCKS = (
     Block("Disjoint classes, 16 pictures a class", LADDER, "disjoint", "16"),
@@ -94,6 +103,7 @@ BLOCKS = (
     Block("IID, 16 pictures a class", LADDER, "iid", "16"),
     Block("IID, all pictures", LADDER, "iid", "all"),
     Block("Readings of the query, Dirichlet(0.1), 16 pictures a class", ENDS, "dirichlet:0.1", "16"),
+    *LONGER,
 )
 
 
