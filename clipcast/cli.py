@@ -89,7 +89,7 @@ def main() -> Any:
 
 def _missing(error: Exception) -> str:
     module = (getattr(error, "name", "") or "").split(".")[0]
-    extra = EXTRAS.get(module, "demo")
+    extra = "demo" if {"demo", "simulate"} & set(sys.argv[1:]) and module != "ray" else EXTRAS.get(module, "demo")
     return (
         f"this command needs {module}, which is not installed: pip install 'clipcast[{extra}]', or '.[{extra}]' in a clone"
     )

@@ -74,6 +74,8 @@ def _dirichlet(labels: NDArray[np.int32], clients: int, alpha: float, rng: np.ra
 def _class_groups(labels: NDArray[np.int32], clients: int, rng: np.random.Generator) -> list[Indices]:
     """Return the samples of groups of at least two classes."""
     classes = rng.permutation(np.unique(labels))
+    if clients > 1 and len(classes) < 4:
+        raise SettingsError(f"partition disjoint: {len(classes)} classes make no two groups of two: take at least 4 classes")
     groups = np.array_split(classes, max(1, min(clients, len(classes) // 2)))
     return [np.flatnonzero(np.isin(labels, owned)) for owned in groups]
 

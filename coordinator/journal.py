@@ -34,6 +34,7 @@ from protocol.files import lock_folder
 
 FILE = "journal.db"
 VERSION = 1
+EXAMPLE = "write e.g. postgresql+pg8000://user@host/name, or leave it out for a file in the state folder"
 
 _tables = MetaData()
 
@@ -161,11 +162,12 @@ class Journal:
 
 def _parse(url: str) -> URL:
     try:
-        return make_url(url)
+        parsed = make_url(url)
     except ArgumentError as error:
-        raise FederationError(
-            "`journal` is not the address of a database: write e.g. postgresql+pg8000://user@host/name"
-        ) from error
+        raise FederationError(f"`journal` is not the address of a database: {EXAMPLE}") from error
+    if parsed.get_backend_name() != "postgresql":
+        raise FederationError(f"`journal` names a {parsed.get_backend_name()} database, PostgreSQL is supported: {EXAMPLE}")
+    return parsed
 
 
 def _make_durable(connection: Any, _record: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from clip_lora.errors import ModelError
 from protocol.messages import Projection, Recipe
 
 Aggregation = Literal["mean_of_factors", "mean_of_products", "none"]
@@ -53,7 +54,7 @@ class Personalisation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     query: Query = "none"
     start: Literal["global", "own"] = "global"
-    tau_q: Annotated[float, Field(gt=0)] = 0.1
+    tau_q: Annotated[float, Field(ge=1e-6)] = 0.1
     cut: Annotated[int, Field(ge=0)] = 0
     own_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     clusters: Annotated[int, Field(ge=0)] = 0
@@ -63,7 +64,7 @@ class Personalisation(BaseModel):
     @model_validator(mode="after")
     def _tau_is_a_number(self) -> Personalisation:
         if math.isnan(self.tau_q):
-            raise ValueError("tau_q must be above 0; inf gives everybody the global mean")
+            raise ValueError("tau_q must be a number; inf gives everybody the global mean")
         return self
 
 
@@ -84,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class FederationRecipe(Recipe):
     """What clients do (the inherited fields, which travel in the plan) and what the coordinator does.
 
-    A negative `first_block` counts from the last block: -3 adapts the last three.
+    A negative `first_block` counts from the last block: -3 adapts the last three, or all if there are fewer.
     """
 
     first_block: int = 0
@@ -115,15 +116,17 @@ class FederationRecipe(Recipe):
         return self.text.steps > 0 and self.text.aligning_round
 
     def training(self, depth: int) -> Recipe:
-        """Return what travels to the clients, for an image tower of `depth` blocks."""
+        """Return what travels to the clients, for an image tower of `depth` blocks; raises ModelError for a cut above."""
         fields = self.model_dump(include=set(Recipe.model_fields))
         if self.first_block < 0:
             fields["first_block"] = max(0, depth + self.first_block)
+        if self.personal.cut > depth:
+            raise ModelError(f"the recipe's personal.cut is {self.personal.cut}, the model's image tower has {depth} blocks")
         return Recipe.model_validate(fields)
 
 
 def parse_recipe(text: str) -> FederationRecipe:
-    """Read `NAME[+KEY=VALUE...]`, e.g. `fedalign+mu=0+personal.tau_q=inf`; raises ValueError."""
+    """Read `NAME[+KEY=VALUE...]`, e.g. `fedalign+mu=0+personal.tau_q=inf+projections=q_proj/v_proj`; raises ValueError."""
     name, *overrides = text.split("+")
     given: dict[str, Any] = {"name": name}
     for override in overrides:
@@ -131,12 +134,14 @@ def parse_recipe(text: str) -> FederationRecipe:
         if not separator:
             raise ValueError(f"{override!r} in recipe {text!r}: write KEY=VALUE, e.g. mu=0 or personal.tau_q=inf")
         *parents, key = path.split(".")
+        if path == "name":
+            raise ValueError(f"{override!r} in recipe {text!r}: the recipe's name is what comes before the first +")
         place = given
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{override!r} in recipe {text!r}: {parent} is a value, not a table of keys")  # noqa: TRY004
-        place[key] = value
+        place[key] = value.split("/") if key == "projections" else value
     return FederationRecipe.model_validate(given)
 
 

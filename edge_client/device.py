@@ -9,8 +9,8 @@ import torch
 
 from clip_lora.towers import default_device
 from edge_client.checkpoint import Checkpoint
-from edge_client.config import ClientConfig, Placement
-from edge_client.data import open_dataset
+from edge_client.config import DIGITS, ClientConfig, Placement
+from edge_client.data import find_pictures, open_dataset
 from edge_client.participation import Participation
 from edge_client.train import Trainer
 from edge_client.work import Work
@@ -37,8 +37,10 @@ def place(config: ClientConfig, profile: Profile) -> Placement:
 def new_client(config: ClientConfig, profile: Profile, done: Work | None = None) -> tuple[Trainer, Participation, Status]:
     """Return what a client consists of besides its link: trainer, part in the federation, first status.
 
-    `done` is what the outbox holds.
+    `done` is what the outbox holds. Raises DataError if the pictures cannot be found: now, not when a round begins.
     """
+    if config.data != DIGITS:
+        find_pictures(config.data)
     placement = place(config, profile)
     status = Status(
         state="online",

@@ -114,7 +114,7 @@ def parse_settings(text: str, path: Path, schema: type[Settings]) -> Settings:
     try:
         return schema.model_validate(data, context={"folder": path.absolute().parent})
     except ValidationError as error:
-        lines = [_explain(problem["loc"], problem["msg"], problem["type"]) for problem in error.errors()]
+        lines = [explain_problem(problem["loc"], problem["msg"], problem["type"]) for problem in error.errors()]
         raise SettingsError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
@@ -125,10 +125,12 @@ def _port_is_valid(url: str) -> bool:
         return False
 
 
-def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:
-    key = ".".join(str(part) for part in location) or "file"
+def explain_problem(location: tuple[int | str, ...], message: str, kind: str) -> str:
+    """Say what is wrong with a setting: where pydantic found it, what it said, and of which type the error is."""
+    key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         return f"unknown key {key!r}: remove it or correct its spelling"
     if kind == "missing":
         return f"key {key!r} is missing"
-    return f"{key}: {message.removeprefix('Value error, ')}"
+    said = message.removeprefix("Value error, ")
+    return f"{key}: {said}" if key else said

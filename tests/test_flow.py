@@ -495,8 +495,8 @@ def test_a_device_that_stays_away_does_not_stop_the_others(homes: list[Path], tm
 def test_a_client_killed_before_its_receipt_offers_the_same_update_again_and_trains_nothing(
     homes: list[Path], embedded: str, tmp_path: Path
 ) -> None:
-    """Nobody answers the first time: it is killed with its update in the outbox. Restarted, even without its pictures, it
-    has the update accepted.
+    """Nobody answers the first time: it is killed with its update in the outbox. Restarted, now with other pictures, it has
+    the same update accepted.
     """
     pictures = tmp_path / "pictures"
     shutil.copytree(homes[0], pictures)
@@ -531,6 +531,7 @@ def test_a_client_killed_before_its_receipt_offers_the_same_update_again_and_tra
             finally:
                 first.kill()
         shutil.rmtree(pictures)
+        shutil.copytree(homes[1], pictures)
         with subprocess.Popen(command) as second:
             try:
                 again = next_event(OfferMade)

@@ -98,7 +98,7 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
     for name in ("report.json", "rounds.png", "model.onnx"):
         console.print(f"wrote {settings.out / name}", soft_wrap=True)
     picture = next(iter(sorted(layout.held_out.rglob("*.*"))))
-    console.print(f"Next: clipcast infer {settings.out / 'model.onnx'} {picture}", soft_wrap=True)
+    console.print(f"Next: {_command()} infer {settings.out / 'model.onnx'} {picture}", soft_wrap=True)
     return report
 
 
@@ -124,6 +124,11 @@ def _federate(
         finally:
             bus.close()
     return rounds, evaluator
+
+
+def _command() -> str:
+    """Return how to call clipcast from here: by its name if the shell finds it."""
+    return "clipcast" if shutil.which("clipcast") else str(Path(sys.executable).with_name("clipcast"))
 
 
 def _await_first_state(store: Store, processes: list[Process], link: Link[ClientSeen], table: LiveTable) -> None:

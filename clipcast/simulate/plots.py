@@ -66,6 +66,8 @@ def plot_attention(rows: Sequence[Row], path: Path) -> Path:
     for axes, row in zip(grid[0], rows, strict=True):
         attention = _attention(row)
         image = axes.imshow(np.array(attention["weights"]), vmin=0, vmax=1, cmap="viridis")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"{_short(row['recipe'])}\nentropy {np.mean(attention['entropy']):.2f}", fontsize="small")
         axes.set(xlabel="takes from", ylabel="client")
         figure.colorbar(image, ax=axes, shrink=0.8)

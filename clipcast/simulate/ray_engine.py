@@ -20,6 +20,7 @@ from edge_client.encoders import Encoders
 from edge_client.train import OpenPictures, Trainer
 from protocol.events import PlanReady
 from protocol.messages import TrainingResult
+from protocol.settings import SettingsError
 
 
 class _Worker:
@@ -63,6 +64,8 @@ class RayEngine:
 
 def _start(threads: int) -> list[Any]:
     cluster = ray.cluster_resources()
-    gpus = int(cluster.get("GPU", 0))
+    cpus, gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
+    if threads > cpus:  # the cluster would wait for such a machine for ever
+        raise SettingsError(f"--threads {threads}: the Ray cluster has {cpus} CPUs; take fewer threads")
     actor = ray.remote(_Worker).options(num_cpus=threads, num_gpus=1 if gpus else 0)
-    return [actor.remote(threads) for _ in range(gpus or max(1, int(cluster.get("CPU", 1)) // threads))]
+    return [actor.remote(threads) for _ in range(gpus or max(1, cpus // threads))]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from clipcast.partition import parse_partition
 from coordinator.recipe import parse_recipe
-from protocol.settings import SettingsError
+from protocol.settings import SettingsError, explain_problem
 
 Split = Literal["test", "validation"]
 Engine = Literal["local", "ray"]
@@ -72,7 +72,4 @@ def explain(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return (
-        f"{where}: {problem['msg'].removeprefix('Value error, ')}" if where else problem["msg"].removeprefix("Value error, ")
-    )
+    return explain_problem(problem["loc"], problem["msg"], problem["type"])

@@ -23,6 +23,7 @@ from clipcast.simulate.run import Bench, Row
 from clipcast.simulate.settings import SimulateSettings
 from coordinator.recipe import parse_recipe
 from protocol.files import write_atomic
+from protocol.settings import SettingsError
 
 POLL_S = 0.5
 _worker: dict[str, Any] = {}
@@ -34,12 +35,18 @@ def simulate(settings: SimulateSettings, *, as_json: bool = False) -> list[Row]:
     console = Console(stderr=True)
     tasks = [(recipe, seed) for recipe in settings.recipes for seed in range(settings.seeds)]
     rows: list[Row] = []
+    try:  # now, not after hours of work
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {settings.out}: no folder can be made there ({error}): name another") from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("loading", total=sum(rounds_of(settings, recipe) for recipe, _ in tasks))
         for event in _runs(settings, tasks):
             if isinstance(event, dict):
                 rows.append(event)
+                rows.sort(key=lambda row: tasks.index((row["recipe"], row["seed"])))
+                _write_rows(settings, rows)  # what is done stays, whatever comes of the next run
                 bar.console.print(
                     f"{event['recipe']} seed {event['seed']}: global {event['global_accuracy']:.1%}, "
                     f"personal {event['personal_accuracy']:.1%}",
@@ -47,9 +54,6 @@ def simulate(settings: SimulateSettings, *, as_json: bool = False) -> list[Row]:
                 )
             else:
                 bar.update(task, advance=1, description=f"{event} rounds")
-    rows.sort(key=lambda row: tasks.index((row["recipe"], row["seed"])))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(settings.out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
     write_atomic(settings.out / "results.md", (headline(settings) + "\n\n" + markdown(rows)).encode())
     written = [settings.out / "results.json", settings.out / "results.md", *plot_all(rows, settings.out)]
     if as_json:
@@ -65,6 +69,10 @@ def simulate(settings: SimulateSettings, *, as_json: bool = False) -> list[Row]:
     return rows
 
 
+def _write_rows(settings: SimulateSettings, rows: list[Row]) -> None:
+    write_atomic(settings.out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
+
+
 def rounds_of(settings: SimulateSettings, recipe: str) -> int:
     """Return how many rounds a recipe has, its aligning and its closing round included."""
     return settings.rounds + parse_recipe(recipe).rounds_after
@@ -75,7 +83,7 @@ def headline(settings: SimulateSettings) -> str:
     shots = "all pictures" if settings.shots is None else f"{settings.shots} pictures a class over all clients"
     return (
         f"{settings.data}: {settings.model}, {settings.bits}-bit, {settings.clients} clients, {settings.partition}, "
-        f"{shots}, {settings.rounds} rounds, {settings.seeds} seeds, {settings.split} pictures. {platform.machine()}, "
+        f"{shots}, rounds: {settings.rounds}, seeds: {settings.seeds}, {settings.split} pictures. {platform.machine()}, "
         f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
     )
 

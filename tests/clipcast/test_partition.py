@@ -50,15 +50,15 @@ def test_disjoint_clients_share_no_class_and_each_has_two_or_more(clients):
 
 
 @settings(deadline=None, max_examples=60)
-@given(clients=st.integers(1, 24), classes=st.integers(1, 11), seed=st.integers(0, 1000))
+@given(clients=st.integers(1, 24), classes=st.integers(4, 11), seed=st.integers(0, 1000))
 def test_disjoint_clients_that_outnumber_the_groups_of_two_classes_share_them_evenly(clients, classes, seed):
     labels = labels_of(4000, classes, seed)
     parts = split(labels, clients, "disjoint", seed)
     assert sorted(int(index) for part in parts for index in part) == list(range(4000))
     owned = [frozenset(labels[part].tolist()) for part in parts]
     groups = set(owned)
-    assert len(groups) == max(1, min(clients, classes // 2))
-    assert min(map(len, groups)) >= min(2, classes)
+    assert len(groups) == min(clients, classes // 2)
+    assert min(map(len, groups)) >= 2
     assert set.union(*map(set, groups)) == set(range(classes))
     assert not any(one & other for one, other in itertools.combinations(groups, 2))
     sharing = [owned.count(group) for group in groups]
@@ -68,11 +68,13 @@ def test_disjoint_clients_that_outnumber_the_groups_of_two_classes_share_them_ev
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_disjoint_clients_of_one_group_do_not_take_one_class_each():
-    labels = np.repeat(np.arange(2, dtype=np.int32), 100)
-    for part in split(labels, 2, "disjoint", 0):
-        assert len(part) == 100
-        assert 0.3 < shares(labels, part, 2)[0] < 0.7
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_classes_that_make_no_two_groups_are_not_called_disjoint(classes):
+    labels = np.repeat(np.arange(classes, dtype=np.int32), 100)
+    with pytest.raises(SettingsError, match=f"{classes} classes make no two groups of two: take at least 4"):
+        split(labels, 2, "disjoint", 0)
+    (alone,) = split(labels, 1, "disjoint", 0)
+    assert len(alone) == len(labels)
 
 
 def test_iid_parts_differ_in_size_by_one_at_most_and_have_all_classes():
@@ -148,11 +150,13 @@ def test_as_many_pictures_as_needed_are_enough():
     assert [len(part) for part in split(labels_of(40), 4, "iid", 0)] == [10, 10, 10, 10]
 
 
-def test_more_clients_than_classes_share_a_groups_pictures():
-    labels = labels_of(classes=3)
-    parts = split(labels, 4, "disjoint", 0)
-    assert [set(labels[part].tolist()) for part in parts] == [{0, 1, 2}] * 4
-    assert [len(part) for part in parts] == [100] * 4
+def test_more_clients_than_groups_share_a_groups_pictures():
+    labels = labels_of(classes=5)
+    parts = split(labels, 6, "disjoint", 0)
+    owned = [frozenset(labels[part].tolist()) for part in parts]
+    assert sorted(map(len, set(owned))) == [2, 3]
+    assert [owned.count(group) for group in set(owned)] == [3, 3]
+    assert sum(map(len, parts)) == len(labels)
 
 
 def test_an_alpha_that_never_gives_everybody_ten_is_refused_with_the_cure():

@@ -17,6 +17,7 @@ from clipcast.simulate.report import cells, markdown
 from clipcast.simulate.run import Bench
 from clipcast.simulate.settings import SimulateSettings, parse_shots
 from clipcast.simulate.story import simulate
+from coordinator.errors import FederationError
 from protocol.settings import SettingsError
 
 SMALL = "+first_block=-1+local_steps=2+text.steps=5+personal.closing_steps=1"
@@ -55,10 +56,37 @@ def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_under_disjoint_classes_fedalign_beats_fedlora(make: MakeSettings) -> None:
+    """All of it: text side, query aggregation, closing round."""
     training = "+first_block=-2+local_steps=6"
-    recipes = (f"fedlora{training}", f"fedalign{training}+personal.query=none+personal.closing_steps=0")
+    recipes = (f"fedlora{training}", f"fedalign{training}")
     fedlora, fedalign = simulate(make(recipes=recipes, shots=8, rounds=2, clients=5, test_pictures=200))
     assert fedalign["global_accuracy"] > fedlora["global_accuracy"] + 0.02
+    assert fedalign["personal_accuracy"] > fedlora["personal_accuracy"] + 0.2
+    assert fedalign["rounds"][-1]["attention"] is not None
+
+
+def test_recipes_that_differ_in_their_text_side_only_are_judged_each_by_its_own(make: MakeSettings) -> None:
+    """Same adapters, same version of the class bank, other embeddings."""
+    recipes = tuple(f"fedalign{SMALL}+text.steps={steps}+text.aligning_round=false" for steps in (1, 40))
+    both = simulate(make(recipes=recipes))
+    alone = [simulate(make(recipes=(recipe,)))[0] for recipe in recipes]
+    assert without_time(both) == without_time(alone)
+    assert both[0]["rounds"][0]["global_accuracy"] != both[1]["rounds"][0]["global_accuracy"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(make: MakeSettings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"--out .*file: no folder can be made there"):
+        simulate(make(out=tmp_path / "file"))
+
+
+def test_a_training_that_diverges_ends_its_federation_and_leaves_the_finished_runs(
+    make: MakeSettings, tmp_path: Path
+) -> None:
+    settings = make(recipes=("zero-shot", f"fedlora{SMALL}+learning_rate=1e12"), rounds=3)
+    with pytest.raises(FederationError, match="3 rounds in a row without a quorum of 4"):
+        simulate(settings)
+    assert [row["recipe"] for row in json.loads((tmp_path / "out" / "results.json").read_text())] == ["zero-shot"]
 
 
 def test_what_is_written_and_what_a_run_says(make: MakeSettings, tmp_path: Path) -> None:
@@ -92,6 +120,15 @@ def test_ray_gives_the_same_results(make: MakeSettings) -> None:
     local = without_time(simulate(make()))
     try:
         assert without_time(simulate(make(engine="ray"))) == local
+    finally:
+        ray.shutdown()
+
+
+def test_more_threads_than_the_cluster_has_are_refused(make: MakeSettings) -> None:
+    ray = pytest.importorskip("ray")
+    try:
+        with pytest.raises(SettingsError, match=r"--threads 9999: the Ray cluster has \d+ CPUs"):
+            simulate(make(engine="ray", threads=9999))
     finally:
         ray.shutdown()
 
@@ -146,6 +183,9 @@ def test_the_table_gives_mean_and_deviation_over_seeds() -> None:
         ({"recipes": ("local", "local")}, "each once"),
         ({"bits": 5}, "choose 4, 8 or 32"),
         ({"partition": "random"}, "write iid"),
+        ({"recipes": ("fedalign+mue=1",)}, "unknown key 'mue': remove it or correct its spelling"),
+        ({"recipes": ("fedalign+name=local",)}, "what comes before the first"),
+        ({"recipes": ("fedalign+personal.tau_q=1e-320",)}, "personal.tau_q"),
         ({"engine": "spark"}, "local or ray"),
         ({"engine": "ray", "jobs": 2}, "exclude each other"),
         ({"split": "train"}, "test or validation"),

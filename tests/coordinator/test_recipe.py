@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from clip_lora.errors import ModelError
 from coordinator.config import load
 from coordinator.recipe import PRESETS, FederationRecipe, Personalisation, TextTraining, parse_recipe
 from protocol.messages import Recipe
@@ -180,6 +181,17 @@ def test_a_recipe_does_not_change_the_presets():
 )
 def test_a_negative_first_block_counts_from_the_last(first, depth, expected):
     assert named({"name": "feddtl", "first_block": first}).training(depth).first_block == expected
+
+
+def test_a_cut_above_the_model_is_refused():
+    recipe = named({"name": "fedalign", "personal": {"cut": 7}})
+    assert recipe.training(7)
+    with pytest.raises(ModelError, match=r"personal\.cut is 7, the model's image tower has 6 blocks"):
+        recipe.training(6)
+
+
+def test_projections_are_separated_by_strokes_in_a_recipe_written_as_one_word():
+    assert parse_recipe("fedlora+projections=q_proj/v_proj").projections == ("q_proj", "v_proj")
 
 
 @pytest.mark.parametrize("name", PRESETS)

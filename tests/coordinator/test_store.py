@@ -287,6 +287,11 @@ def test_a_damaged_journal_is_named_with_the_cure(tmp_path, damage):
         assert store.records() == []
 
 
+def test_a_database_that_is_not_supported_is_named(tmp_path):
+    with pytest.raises(FederationError, match="`journal` names a mysql database, PostgreSQL is supported"):
+        Store(tmp_path, "mysql://user@host/name")
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [("UPDATE run SET version = 99", "version 99, this clipcast reads 1"), ("UPDATE run SET about = '{'", "damaged Run")],

@@ -11,6 +11,7 @@ import torch
 from clip_lora.towers import default_device
 from edge_client.config import TEMPLATE, ClientConfig, load
 from edge_client.device import new_client, place
+from edge_client.errors import DataError
 from hardware_profiles.profile import load as load_profile
 from protocol.settings import SettingsError
 
@@ -138,3 +139,8 @@ def test_the_state_folder_is_the_clients_own_and_lies_beside_the_settings(write,
     assert load(write(MINIMAL)).state == tmp_path / "ann-state"
     assert load(write(MINIMAL + 'state = "kept"\n')).state == tmp_path / "kept"
     assert load(write(MINIMAL + 'state = "/var/lib/clipcast"\n')).state == Path("/var/lib/clipcast")
+
+
+def test_pictures_that_are_not_there_are_told_before_a_round_begins(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        new_client(ClientConfig(id="ann", federation="lab", data=str(tmp_path / "none")), load_profile("generic-cpu"))
