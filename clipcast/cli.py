@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from clipcast import __version__
-from clipcast.commands import client, coordinator, demo, export, infer, profiles, simulate
+from clipcast.commands import client, coordinator, demo, device, export, infer, profiles, simulate
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(client.app, name="client")
+app.add_typer(device.app, name="device")
 app.add_typer(profiles.app, name="profiles")
 app.command("export")(export.export)
 app.command("infer")(infer.infer)
@@ -38,6 +39,7 @@ EXTRAS = {
     "onnxruntime": "infer",
     "PIL": "infer",
     "iotcore": "demo",
+    "sqlalchemy": "coordinator",
     "sklearn": "demo",
     "matplotlib": "demo",
     "ray": "ray",

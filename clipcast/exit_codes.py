@@ -10,6 +10,7 @@ INTERRUPTED = 130
 CODES = {
     "protocol.settings.SettingsError": SETTINGS,
     "protocol.errors.WireError": SETTINGS,
+    "protocol.errors.KeyFileError": SETTINGS,
     "protocol.errors.BusError": BROKER,
     "clip_lora.errors.ModelError": MODEL,
     "edge_client.errors.UnfitPlanError": MODEL,

@@ -41,6 +41,8 @@ def check_offer(client: str, offer: Offer, expected: Expectation | None, counted
     if expected is None or offer.round != expected.plan.round:
         current = "no round is open" if expected is None else f"round {expected.plan.round} is open"
         return rejected("stale-round", f"the update is for round {offer.round}, {current}")
+    if offer.run not in (None, expected.plan.run):
+        return rejected("stale-round", f"the update is for run {offer.run} of the federation, this is {expected.plan.run}")
     start = expected.starts.get(client)
     if start is None:
         return rejected("not-invited", "this client was not drawn for the round")

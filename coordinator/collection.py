@@ -85,6 +85,10 @@ class Collection:
         hopeless = len(set(self.plan.participants) - (out - self._accepted.keys())) < self._quorum
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
+    def give_up(self, client: str) -> None:
+        """Wait no longer for a client: it was cut off."""
+        self._failed.add(client)
+
     def take(self, event: CoordinatorEvent) -> Answer | Wanted | None:
         """Take in an event of the wire; an update gets its answer, an offer one too unless the update is wanted."""
         match event:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -26,6 +26,7 @@ deadline_s = 600                      # a round without its quorum by then is gi
 seed = 0
 state = "state"                       # adapters and the journal of every round; a restart continues from here
 # journal = "postgresql+pg8000://clipcast@labserver/clipcast"   # instead of state/journal.db; one database a federation
+# admission = "open"                  # "registered": only devices that `clipcast device add` has let in may take part
 # uploads_at_once = 8                 # so many clients upload at a time, the others wait with their updates on their disks
 # keep_rounds = 100                   # so many rounds' adapters stay on the disk, and the records of all
 
@@ -85,6 +86,7 @@ class CoordinatorConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     state: Annotated[Path, Field(validate_default=True)] = Path("state")
     journal: str | None = None
+    admission: Literal["open", "registered"] = "open"
     uploads_at_once: Annotated[int, Field(ge=1)] = 8
     keep_rounds: Annotated[int, Field(ge=1)] = 100
     recipe: FederationRecipe = FederationRecipe()

@@ -30,7 +30,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from coordinator.errors import FederationError
-from protocol.files import lock_folder
+from protocol.files import lock_folder, make_folder
 
 FILE = "journal.db"
 VERSION = 1
@@ -91,6 +91,16 @@ KEPT = Table(
 """What each round made, by the hash of its blob: the global adapter, a bank, a text adapter, a client's own adapter."""
 
 
+DEVICES = Table(
+    "devices",
+    _tables,
+    Column("client", String(128), primary_key=True),
+    Column("key", String(64), nullable=False),
+    Column("revoked", Boolean, nullable=False),
+)
+"""The devices that are known, each with its public key (protocol/signing.py)."""
+
+
 class Journal:
     """The tables of one federation, in a file of its state folder or in the database at `url`."""
 
@@ -128,6 +138,11 @@ class Journal:
                 raise FederationError(
                     f"another coordinator is at work in {self._folder}: stop it, or set `state` to a new folder"
                 ) from error
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Make the tables that are not there yet; also while a coordinator is at work. Raises FederationError."""
+        make_folder(self._folder)
         with self._told(), self._open().begin() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file

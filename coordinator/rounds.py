@@ -14,6 +14,7 @@ from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, Start
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
+from coordinator.devices import Devices
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
@@ -26,7 +27,7 @@ from protocol.messages import Recipe, RoundPlan, Status, TextBank
 
 log = logging.getLogger(__name__)
 
-POLL_S = 5.0
+POLL_S = 2.0
 MISSED_ROUNDS = 3
 
 
@@ -43,13 +44,20 @@ class Federation:
     """A coordinator at work. `run` is the loop; the other methods are its steps."""
 
     def __init__(
-        self, config: CoordinatorConfig, bank: TextBank, link: Link[CoordinatorEvent], end: CoordinatorEnd, store: Store
+        self,
+        config: CoordinatorConfig,
+        bank: TextBank,
+        link: Link[CoordinatorEvent],
+        end: CoordinatorEnd,
+        store: Store,
+        devices: Devices | None = None,
     ) -> None:
         self._config = config
         self._bank = bank
         self._link = link
         self._end = end
         self._store = store
+        self._devices = devices
         self._online: dict[str, Status] = {}
         self._run, self._start = "", 0
         self._model = load_config(config.model)
@@ -142,7 +150,7 @@ class Federation:
                     f"they use federation {self._config.federation!r} and the same broker"
                 )
             log.info("round %d waits for %d more clients", number, wanted - len(self._online))
-            for event in self._link.poll(min(left, POLL_S)):
+            for event in self._poll(left, None):
                 self._notice(event)
                 self._settle(event, None)
         rng = random.Random(f"{self._config.seed}:{number}")
@@ -223,9 +231,21 @@ class Federation:
         """Take updates until quorum or deadline."""
         log.info("round %d: %s", collection.plan.round, ", ".join(collection.plan.participants))
         while (patience := collection.patience(time.monotonic())) > 0:
-            for event in self._link.poll(min(patience, POLL_S)):
+            for event in self._poll(patience, collection):
                 self._notice(event)
                 self._settle(event, collection)
+
+    def _poll(self, seconds: float, collection: Collection | None) -> list[CoordinatorEvent]:
+        """Wait for events at most so long, and see who was cut off meanwhile."""
+        events = self._link.poll(min(seconds, POLL_S))
+        for client in self._devices.refresh() if self._devices is not None else ():
+            log.warning("device %s was revoked or replaced: what it was about is given up", client)
+            self._online.pop(client, None)
+            self._end.cut_off(client)
+            if collection is not None:
+                collection.give_up(client)
+            events = [event for event in events if getattr(event, "client", None) != client]
+        return events
 
     def _notice(self, event: CoordinatorEvent) -> None:
         """Keep the roster, and tell the operator what matters."""

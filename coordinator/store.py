@@ -25,7 +25,7 @@ from clip_lora.lora import Shapes, check_shapes
 from coordinator.aggregate import Contribution
 from coordinator.collection import Answer
 from coordinator.errors import FederationError
-from coordinator.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
+from coordinator.journal import DEVICES, KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
 from protocol.blobs import BlobError, Blobs
@@ -37,6 +37,14 @@ FIRST_BANK = 1
 ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
 KEEP_ROUNDS = 100
 Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is known: its public key, and whether it was cut off."""
+
+    key: str
+    revoked: bool
 
 
 @dataclass(frozen=True)
@@ -263,6 +271,35 @@ class Store:
         key = (UPDATES.c.number == offer.round, UPDATES.c.client == client, UPDATES.c.sha256 == offer.blob.sha256)
         row = connection.execute(select(UPDATES.c.accepted, UPDATES.c.reason, UPDATES.c.detail).where(*key)).one_or_none()
         return None if row is None else Verdict(row.accepted, row.reason, row.detail)
+
+    def devices(self) -> dict[str, Device]:
+        """Return the known devices by name."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return {}
+            rows = connection.execute(select(DEVICES).order_by(DEVICES.c.client)).all()
+        return {row.client: Device(row.key, row.revoked) for row in rows}
+
+    def add_device(self, client: str, key: str, *, replace: bool = True) -> None:
+        """Register a device, also while a coordinator is at work; with `replace` a known name gets this key, unrevoked."""
+        self._journal.make_tables()
+        with self._journal.writing() as connection:
+            known = connection.scalar(select(DEVICES.c.key).where(DEVICES.c.client == client))
+            if known is None:
+                connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False))
+            elif replace:
+                connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(key=key, revoked=False))
+
+    def revoke_device(self, client: str) -> bool:
+        """Cut a device off, also while a coordinator is at work; return whether it was known."""
+        self._journal.make_tables()
+        with self._journal.writing() as connection:
+            done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
+        return done.rowcount > 0
+
+    def prepare(self) -> None:
+        """Take the folder for this coordinator; raises FederationError if another one is at work there."""
+        self._journal.prepare()
 
     def finish(self, record: RoundRecord, known: Knowledge, lesson: Lesson = NO_LESSON) -> None:
         """End a round: keep its record and what it changed, forget its updates and what is older than is kept."""

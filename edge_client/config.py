@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from protocol.messages import Name
 from protocol.settings import BrokerSettings, beside, load_settings, model_beside
+from protocol.signing import public_key
 
 DIGITS = "digits"
 
@@ -23,6 +24,7 @@ federation = "{federation}"         # as the coordinator names it
 data = "{data}"
 
 # state = "{id}-state"           # what survives a restart: downloads, and the update until its receipt
+# coordinator_key = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"  # see `clipcast coordinator key`; else the first one seen
 # profile = "generic-cpu"        # a name from `clipcast profiles list`; without it the board is detected
 # bits = 4                       # 4, 8 or 32: overrides the profile
 # batch_size = 16                # upper limit for this device; the federation's recipe may ask for less
@@ -47,6 +49,7 @@ class ClientConfig(BaseModel):
     federation: Name
     data: str
     state: Annotated[Path, Field(validate_default=True)] = Path()
+    coordinator_key: str | None = None
     profile: str | None = None
     bits: Literal[4, 8, 32] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -65,6 +68,13 @@ class ClientConfig(BaseModel):
     def _state_beside_the_file(cls, state: Path, info: ValidationInfo) -> Path:
         default = f"{info.data.get('id', 'client')}-state"
         return Path(beside(default if state == Path() else str(state), info))
+
+    @field_validator("coordinator_key")
+    @classmethod
+    def _is_a_key(cls, key: str | None) -> str | None:
+        if key is not None:
+            public_key(key)
+        return key
 
     @field_validator("model")
     @classmethod

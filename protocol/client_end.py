@@ -14,9 +14,10 @@ from pathlib import Path
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
 from protocol.codec import decode_adapter, decode_bank
 from protocol.download import Download, Shelf
-from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
-from protocol.errors import BusError, WireError
+from protocol.envelope import expect
+from protocol.errors import BusError, Refused, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
+from protocol.gate import FirstUse, Gate, Trust, note
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -31,6 +32,7 @@ from protocol.messages import (
     TextBank,
 )
 from protocol.parcel import Parcel
+from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
 from protocol.transfer import CHUNK_EXPIRY_S, Repeat, Serve, chunk_size
 
@@ -53,12 +55,16 @@ class _Upload:
 class ClientEnd:
     """One client's side of the protocol. All methods return the actions that the bus should carry out."""
 
-    def __init__(self, federation: str, client_id: str, rng: random.Random, state: Path | None = None) -> None:
+    def __init__(
+        self, federation: str, client_id: str, rng: random.Random, state: Path | None = None, trust: Trust | None = None
+    ) -> None:
         self.topics = Topics(federation)
         self.bytes_received = 0
         self._id = client_id
         self._rng = rng
         self._shelf = Shelf(rng, state)
+        self._signer = Signer() if state is None else Signer.open(state)
+        self.gate = Gate(federation, trust or FirstUse(), None if state is None else state / "marks.json")
         self._status = Status(state="online")
         self._chunk_size = chunk_size(None)
         self._plan: RoundPlan | None = None
@@ -83,7 +89,9 @@ class ClientEnd:
 
     def offer(self, parcel: Parcel) -> list[Action]:
         """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if too large."""
-        counted = parcel.offer.model_copy(update={"bytes_received": self.bytes_received})
+        counted = parcel.offer.model_copy(
+            update={"bytes_received": self.bytes_received, "run": self._plan and self._plan.run}
+        )
         cut = Parcel(counted, parcel.blob).cut(self._chunk_size)
         self._upload = _Upload(cut, Serve(cut.blob, cut.offer.blob), Repeat(self._rng))
         self.bytes_received = 0
@@ -104,6 +112,9 @@ class ClientEnd:
                 self.bytes_received += len(payload)
                 try:
                     return self._delivered(parse(topic), payload, now)
+                except Refused as error:
+                    note(self.gate.counts, topic, error)
+                    return [], []
                 except WireError as error:
                     log.warning("ignored a message on %s: %s", topic, error)
                     return [], []
@@ -164,11 +175,7 @@ class ClientEnd:
         return self._manifest_came(address, payload, now)
 
     def _manifest_came(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
-        envelope = decode(payload)
-        if envelope.federation != address.federation or envelope.sender != COORDINATOR:
-            raise WireError(f"a manifest of federation {envelope.federation!r} by {envelope.sender!r}")
-        if envelope.manifest.kind != address.kind:
-            raise WireError(f"a {envelope.manifest.kind} manifest on a {address.kind} topic")
+        envelope = self.gate.open(address, payload)
         match address.kind:
             case "classes":
                 return self._classes(expect(envelope, ClassBankManifest))
@@ -308,9 +315,9 @@ class ClientEnd:
         return [], [Answered(receipt)]
 
     def _manifest(self, kind: str, manifest: Manifest) -> Publish:
-        data = encode(Envelope(self.topics.federation, self._id, manifest))
+        data = self._signer.seal(self.topics.federation, self._id, manifest)
         return Publish(self.topics.from_(self._id, kind), data, expiry_s=CHUNK_EXPIRY_S)
 
     def _publish_status(self, status: Status) -> Publish:
-        data = encode(Envelope(self.topics.federation, self._id, status))
+        data = self._signer.seal(self.topics.federation, self._id, status)
         return Publish(self.topics.from_(self._id, "status"), data, retain=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
-from protocol.envelope import COORDINATOR, Envelope, decode, encode, expect
-from protocol.errors import BusError, WireError
+from protocol.envelope import COORDINATOR, expect
+from protocol.errors import BusError, Refused, WireError
 from protocol.events import (
     BrokerLink,
     ClientSeen,
@@ -26,6 +26,7 @@ from protocol.events import (
     UpdateArrived,
     UpdateUnreadable,
 )
+from protocol.gate import FirstUse, Gate, Trust, note
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -41,6 +42,7 @@ from protocol.messages import (
     Verdict,
 )
 from protocol.partial import FilePartials, MemoryPartials, Partials
+from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
 from protocol.transfer import CHUNK_EXPIRY_S, NEED_S, Fetch, Repeat, Serve, chunk_size
 from protocol.turns import Turns
@@ -77,10 +79,13 @@ class CoordinatorEnd:
         *,
         uploads_at_once: int = UPLOADS_AT_ONCE,
         state: Path | None = None,
+        trust: Trust | None = None,
     ) -> None:
         self.topics = Topics(federation)
         self.bytes_up: Counter[str] = Counter()
         self._rng = rng
+        self._signer = Signer() if state is None else Signer.open(state)
+        self.gate = Gate(federation, trust or FirstUse())
         self._max_update = max_update_bytes
         self._chunk_size = chunk_size(None)
         self._retained: dict[str, Manifest] = {}
@@ -133,6 +138,13 @@ class CoordinatorEnd:
         state.offer, state.fetch = offer, Fetch(offer.blob, Repeat(self._rng, NEED_S), UPLOAD_WINDOW, partial)
         self._turns.ask(client)
 
+    def cut_off(self, client: str) -> None:
+        """Give up what is under way with a client, and remember nothing of it."""
+        state = self._clients.pop(client, None)
+        if state is not None and state.fetch is not None:
+            state.fetch.partial.clear()
+        self._turns.end(client)
+
     def answer(self, client: str, offer: Offer, verdict: Verdict) -> list[Action]:
         """Send the receipt for an update, and keep it to answer repeated offers."""
         receipt = Receipt(
@@ -156,6 +168,9 @@ class CoordinatorEnd:
             case Delivery(topic=topic, payload=payload):
                 try:
                     return self._delivered(parse(topic), payload, now)
+                except Refused as error:
+                    note(self.gate.counts, topic, error)
+                    return [], []
                 except WireError as error:
                     log.warning("ignored a message on %s: %s", topic, error)
                     return [], []
@@ -164,7 +179,8 @@ class CoordinatorEnd:
         """Say what is due: needs of uploads, and at most `room` chunks of broadcasts; `drained`: all before have landed."""
         actions: list[Action] = []
         for client in self._turns.now(now):
-            fetch = self._clients[client].fetch
+            state = self._clients.get(client)
+            fetch = state.fetch if state is not None else None
             if fetch is None:
                 self._turns.end(client)
             elif missing := fetch.need(now):
@@ -225,9 +241,7 @@ class CoordinatorEnd:
             assert address.sha256 is not None
             assert address.index is not None
             return [], self._chunk(client, address.sha256, address.index, payload, now)
-        envelope = decode(payload)
-        if (envelope.federation, envelope.sender) != (address.federation, client):
-            raise WireError(f"a manifest of {envelope.sender!r} in {envelope.federation!r} on the topic of {client!r}")
+        envelope = self.gate.open(address, payload)
         match address.kind:
             case "status":
                 return [], [ClientSeen(client, expect(envelope, Status))]
@@ -277,13 +291,13 @@ class CoordinatorEnd:
             return [UpdateUnreadable(client, state.offer, str(error))]
 
     def _to(self, client: str, manifest: Manifest) -> Publish:
-        data = encode(Envelope(self.topics.federation, COORDINATOR, manifest))
+        data = self._signer.seal(self.topics.federation, COORDINATOR, manifest)
         return Publish(self.topics.to(client, manifest.kind), data, expiry_s=CHUNK_EXPIRY_S)
 
     def _announce_own(self, client: str) -> Publish:
-        data = encode(Envelope(self.topics.federation, COORDINATOR, self._own[client]))
+        data = self._signer.seal(self.topics.federation, COORDINATOR, self._own[client])
         return Publish(self.topics.to(client, ClientAdapter.kind), data, retain=True)
 
     def _broadcast(self, manifest: Manifest) -> Publish:
-        data = encode(Envelope(self.topics.federation, COORDINATOR, manifest))
+        data = self._signer.seal(self.topics.federation, COORDINATOR, manifest)
         return Publish(self.topics.broadcast(manifest.kind), data, retain=True)

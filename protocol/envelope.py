@@ -1,23 +1,23 @@
 """Manifests as bytes, and back.
 
-An envelope is canonical JSON: `{"v", "federation", "sender", "kind", "body"}` with sorted keys and no spaces. Everything
-that a signature has to bind is inside these exact bytes, and these two functions are the only place where bytes become
-a manifest: a signing envelope (COSE_Sign1 or JWS) wraps what `encode` returns and is opened before `decode` reads it.
+An envelope is canonical JSON: `{"v", "federation", "sender", "kind", "sequence", "body"}` with sorted keys and no spaces.
+Everything that a signature has to bind is inside these exact bytes, and these two functions are the only place where bytes
+become a manifest: signing.py signs what `encode` returns, and gate.py checks the signature before `decode` reads it.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import WireError
 from protocol.messages import ClassBankManifest, ClientAdapter, Manifest, Name, Need, Offer, Receipt, RoundPlan, Status
 
 VERSION = 1
-MAX_MANIFEST = 16 * 1024
+MAX_MANIFEST = 12 * 1024  # signed, in base64url, 16 KB
 COORDINATOR = "coordinator"
 
 KINDS: dict[str, type[Manifest]] = {
@@ -32,25 +32,28 @@ class _Frame(BaseModel):
     federation: Name
     sender: Name
     kind: Name
+    sequence: Annotated[int, Field(ge=0, le=2**53)]
     body: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A manifest with who says so, in which federation."""
+    """A manifest with who says so, in which federation. `sequence` rises with everything that a sender says."""
 
     federation: str
     sender: str
     manifest: Manifest
+    sequence: int = 0
 
 
 def encode(envelope: Envelope) -> bytes:
-    """Return the exact bytes that travel; raises WireError above 16 KB."""
+    """Return the exact bytes that travel; raises WireError above 12 KB."""
     frame = {
         "v": VERSION,
         "federation": envelope.federation,
         "sender": envelope.sender,
         "kind": envelope.manifest.kind,
+        "sequence": envelope.sequence,
         "body": envelope.manifest.model_dump(mode="json"),
     }
     data = json.dumps(frame, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -75,7 +78,7 @@ def decode(data: bytes) -> Envelope:
     if schema is None:
         raise WireError(f"unknown kind of manifest {frame.kind!r}")
     try:
-        return Envelope(frame.federation, frame.sender, schema.model_validate(frame.body))
+        return Envelope(frame.federation, frame.sender, schema.model_validate(frame.body), frame.sequence)
     except ValidationError as error:
         raise WireError(f"bad {frame.kind} manifest: {_first(error)}") from error
 

@@ -134,6 +134,7 @@ class Offer(Manifest):
     """A client has an update: what it is, and how the training went. The arrays are in the blob."""
 
     kind: ClassVar[str] = "offer"
+    run: Name | None = None
     round: Count
     base: Sha256
     blob: BlobRef

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 from protocol.bus import Action, Connected, Delivery, Event, Subscribe
-from protocol.envelope import decode, expect
+from protocol.envelope import expect
 from protocol.errors import WireError
 from protocol.events import ClientSeen
+from protocol.gate import FirstUse, Gate
 from protocol.messages import Status
 from protocol.topics import Topics, parse
 
@@ -19,6 +20,7 @@ class Observer:
 
     def __init__(self, federation: str) -> None:
         self._topics = Topics(federation)
+        self._gate = Gate(federation, FirstUse())
 
     def handle(self, event: Event, _now: float) -> tuple[list[Action], list[ClientSeen]]:
         """Report each status that comes in."""
@@ -26,9 +28,10 @@ class Observer:
             return [Subscribe(self._topics.status_filter())], []
         if isinstance(event, Delivery):
             try:
-                client = parse(event.topic).client
-                if client is not None:
-                    return [], [ClientSeen(client, expect(decode(event.payload), Status))]
+                address = parse(event.topic)
+                if address.client is not None:
+                    status = expect(self._gate.open(address, event.payload), Status)
+                    return [], [ClientSeen(address.client, status)]
             except WireError as error:
                 log.warning("ignored a message on %s: %s", event.topic, error)
         return [], []

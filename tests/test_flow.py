@@ -53,11 +53,13 @@ from protocol.codec import decode_update, encode_adapter, encode_update
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.envelope import decode, expect
 from protocol.events import ClientSeen, OfferMade, PlanReady, UpdateArrived
+from protocol.gate import Pinned
 from protocol.link import Link
 from protocol.messages import BlobRef, Offer, RoundPlan, Status, Update, Verdict
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
 from protocol.settings import BrokerSettings
+from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
 
 CLASSES = ("zero", "one", "two", "three")
@@ -137,12 +139,20 @@ def a_plan(number: int) -> RoundPlan:
     )
 
 
-def take_part(connect: Connect, name: str, home: Path, stop: threading.Event, profile: Profile = PROFILE) -> None:
-    """Run one client as it would run alone, until `stop`."""
-    with tempfile.TemporaryDirectory() as folder:
-        outbox = Outbox(Path(folder))
+def take_part(
+    connect: Connect,
+    name: str,
+    home: Path,
+    stop: threading.Event,
+    profile: Profile = PROFILE,
+    folder: Path | None = None,
+) -> None:
+    """Run one client as it would run alone, until `stop`; `folder` may hold its key."""
+    with tempfile.TemporaryDirectory() as new:
+        state = folder or Path(new)
+        outbox = Outbox(state)
         trainer, part, status = new_client(client_config(name, home), profile, outbox.load())
-        end = ClientEnd("flow", name, random.Random(name), Path(folder))
+        end = ClientEnd("flow", name, random.Random(name), state)
         end.announce(status)
         try:
             participate(Link(connect(name, end.will()), end), end, trainer, part, stop, outbox)
@@ -334,7 +344,7 @@ def test_a_coordinator_killed_in_a_round_gets_the_same_round_again(
     command = [sys.executable, "-m", "clipcast", "coordinator", "run", str(settings)]
     stop, connect = threading.Event(), over(embedded)
     watch = Link(connect("watch", None), Observer("flow"))
-    idle_end = ClientEnd("flow", "two", random.Random(0))
+    idle_end = ClientEnd("flow", "two", random.Random(0), tmp_path / "two")
     idle = Link(connect("idle", None), idle_end)
     idle.poll(0.5)
     idle.do(idle_end.announce(Status(state="online")))
@@ -352,7 +362,7 @@ def test_a_coordinator_killed_in_a_round_gets_the_same_round_again(
         shown = subprocess.run([*command[:-2], "rounds", str(settings)], check=True, capture_output=True, text=True).stdout
         assert shown == "round 1: open, 1 accepted, 0 rejected, no update yet of two\n"
         idle.bus.close()
-        threads.append(threading.Thread(target=take_part, args=(connect, "two", homes[1], stop)))
+        threads.append(threading.Thread(target=take_part, args=(connect, "two", homes[1], stop, PROFILE, tmp_path / "two")))
         threads[1].start()
         subprocess.run(command, check=True, timeout=120)
     finally:
@@ -379,7 +389,7 @@ def uploads_on(bus: Bus) -> list[tuple[str, int, Update]]:
         address = parse(event.topic)
         client = str(address.client)
         if address.kind == "offer":
-            offer = expect(decode(event.payload), Offer)
+            offer = expect(decode(opened(event.payload, signer_of(event.payload))), Offer)
             offers[client, offer.blob.sha256, offer.round] = None
         elif address.kind == "blob":
             chunks.setdefault((client, str(address.sha256)), {})[int(address.index or 0)] = event.payload
@@ -465,7 +475,7 @@ def test_a_device_whose_rank_is_too_small_for_the_mean_of_factors_ends_and_says_
     connect = in_memory()
     watch = Link(connect("watch", None), Observer("flow"))
     watch.poll(0.0)  # connected: from now on it listens
-    idle_end = ClientEnd("flow", "two", random.Random(0))
+    idle_end = ClientEnd("flow", "two", random.Random(0), tmp_path / "two")
     idle = Link(connect("idle", None), idle_end)
     idle.do(idle_end.announce(Status(state="online")))
     stop = threading.Event()
@@ -479,7 +489,7 @@ def test_a_device_whose_rank_is_too_small_for_the_mean_of_factors_ends_and_says_
             wait_for(watch, lambda seen: (seen.client, seen.status.phase) == ("one", "failed"), str(caught.value))
             stop.clear()
             idle.bus.close()
-            other = pool.submit(take_part, connect, "two", homes[1], stop)
+            other = pool.submit(take_part, connect, "two", homes[1], stop, PROFILE, tmp_path / "two")
             outcome = federation.result(60)
         finally:
             stop.set()
@@ -548,3 +558,74 @@ def test_a_client_killed_before_its_receipt_offers_the_same_update_again_and_tra
         link.bus.close()
     assert again.offer.blob == offered.offer.blob == arrived.offer.blob
     assert (again.offer.round, again.offer.loss) == (offered.offer.round, offered.offer.loss)
+
+
+def test_a_device_that_is_revoked_is_cut_off_and_its_round_ends(embedded: str, tmp_path: Path) -> None:
+    """Only the revocation can end the round here: both are needed, neither trains, and the deadline is far."""
+    settings = tmp_path / "coordinator.toml"
+    settings.write_text(
+        f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 1\ndeadline_s = 3600\nadmission = 'registered'\n"
+        f"[broker]\nurl = '{embedded}'\n"
+    )
+    connect = over(embedded)
+    ends = {name: ClientEnd("flow", name, random.Random(0), tmp_path / name) for name in ("one", "two", "eve")}
+    links = {name: Link(connect(name, end.will()), end) for name, end in ends.items()}
+
+    def command(*arguments: str) -> str:
+        run = subprocess.run([sys.executable, "-m", "clipcast", *arguments], check=True, capture_output=True, text=True)
+        return run.stdout
+
+    for name in ("one", "two"):
+        key = Signer.open(tmp_path / name).public
+        assert key in command("device", "add", name, key, "--coordinator", str(settings))
+    for name, link in links.items():
+        link.poll(0.5)
+        link.do(ends[name].announce(Status(state="online")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipcast", "coordinator", "run", str(settings)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any(isinstance(event, PlanReady) for event in links["two"].poll(1.0)):
+            assert time.monotonic() < deadline, "waited 120 s for the plan"
+        assert "two is cut off" in command("device", "revoke", "two", "--coordinator", str(settings))
+        assert " revoked" in command("device", "list", "--coordinator", str(settings)).splitlines()[1]
+        while "round 1: quorum-missed" not in command("coordinator", "rounds", str(settings)):
+            assert time.monotonic() < deadline, "waited 120 s for the round's end"
+            assert process.poll() is None
+    finally:
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+        for link in links.values():
+            link.bus.close()
+    assert "device two was revoked" in log
+    assert "eve is not registered" in log
+
+
+def test_a_client_follows_no_other_coordinator_than_its_own(tmp_path: Path) -> None:
+    """A second coordinator takes over the topics, with a key of its own: the client stays with the first one's plan."""
+    broker = MemoryBroker()
+    bank = make_bank("tiny-clip", CLASSES, ("a photo of a {}",))
+    client = ClientEnd("flow", "one", random.Random(0), tmp_path, Pinned(tmp_path / "coordinator.key"))
+    link = Link(broker.connect(), client)
+    training = RECIPE.training(DEPTH)
+    adapter = initial_adapter(adapter_shapes(load_model_config("tiny-clip"), "vision", training), 0)
+
+    def plan_by(coordinator: CoordinatorEnd, number: int) -> None:
+        other = Link(broker.connect(), coordinator)
+        other.poll(0.0)
+        ref, actions = coordinator.publish_bank(bank)
+        plan = a_plan(number).model_copy(update={"classes": ref.sha256, "adapter": coordinator.serve_adapter(adapter)})
+        other.do([*actions, *coordinator.publish_plan(plan)])
+        for _ in range(20):
+            other.poll(0.05)
+            seen.extend(link.poll(0.05))
+
+    seen: list[object] = []
+    own, rogue = CoordinatorEnd("flow", random.Random(1), state=tmp_path / "own"), CoordinatorEnd("flow", random.Random(2))
+    plan_by(own, 1)
+    plan_by(rogue, 2)
+    assert [event.plan.round for event in seen if isinstance(event, PlanReady)] == [1]
+    assert client.gate.counts["wrong-key"] > 0
+    plan_by(CoordinatorEnd("flow", random.Random(3), state=tmp_path / "own"), 3)  # the own one, restarted
+    assert [event.plan.round for event in seen if isinstance(event, PlanReady)] == [1, 3]

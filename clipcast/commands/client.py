@@ -47,6 +47,7 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
     from hardware_profiles.detect import detect
     from hardware_profiles.profile import load as load_profile
     from protocol.client_end import ClientEnd
+    from protocol.gate import Pinned
     from protocol.link import Link
     from protocol.mqtt import MqttBus
 
@@ -58,7 +59,8 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
         profile, reason = found.profile, found.reason
     typer.echo(f"profile {profile.name}: {reason}", err=True)
     outbox = Outbox(config.state)
-    end = ClientEnd(config.federation, config.id, random.Random(), config.state)
+    trust = Pinned(config.state / "coordinator.key", config.coordinator_key)
+    end = ClientEnd(config.federation, config.id, random.Random(), config.state, trust)
     # The broker first: a wrong address should not cost the loading of torch.
     bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}", end.will())
     from edge_client.device import new_client
@@ -82,3 +84,15 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
         participate(link, end, trainer, part, stop, outbox)
     finally:
         outbox.close()
+
+
+@app.command()
+def key(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("client.toml")) -> None:
+    """Print this device's public key, for `clipcast device add` on the coordinator. The first call makes it.
+
+    Example: `clipcast client key client.toml`
+    """
+    from edge_client.config import load
+    from protocol.signing import Signer
+
+    typer.echo(Signer.open(load(path).state).public)

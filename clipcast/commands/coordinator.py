@@ -57,6 +57,7 @@ def run(
     Topics(config.federation)
     # The broker first: a wrong address should not cost the loading of a model.
     bus = MqttBus.open(config.broker, f"{config.federation}:coordinator")
+    from coordinator.devices import Devices
     from coordinator.rounds import Federation
     from coordinator.store import Store
     from coordinator.text_bank import make_bank
@@ -65,15 +66,35 @@ def run(
 
     try:
         store = Store(config.state, config.journal, config.keep_rounds)
-        end = CoordinatorEnd(config.federation, random.Random(), uploads_at_once=config.uploads_at_once, state=config.state)
+        store.prepare()
+        devices = Devices(store, config.admission)
+        end = CoordinatorEnd(
+            config.federation,
+            random.Random(),
+            uploads_at_once=config.uploads_at_once,
+            state=config.state,
+            trust=devices,
+        )
         bank = make_bank(config.model, config.classes, config.templates)
-        for record in Federation(config, bank, Link(bus, end), end, store).run():
+        for record in Federation(config, bank, Link(bus, end), end, store, devices).run():
             if as_json:
                 typer.echo(record.model_dump_json())
                 continue
             typer.echo(_line(record))
     finally:
         bus.close()
+
+
+@app.command()
+def key(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("coordinator.toml")) -> None:
+    """Print the coordinator's public key; clients pin it as `coordinator_key`. The first call makes it.
+
+    Example: `clipcast coordinator key coordinator.toml`
+    """
+    from coordinator.config import load
+    from protocol.signing import Signer
+
+    typer.echo(Signer.open(load(path).state).public)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from protocol.bus import Action, Connected, Delivery, Publish, Subscribe, matche
 from protocol.client_end import ClientEnd
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.events import OfferMade
+from protocol.messages import Manifest
 
 STEP_S = 0.05
 Ends = dict[str, ClientEnd | CoordinatorEnd]
@@ -95,6 +96,16 @@ class Network:
             self._give(name, delivery)
         for name, end in self.ends.items():
             self.do(name, end.tick(self.now, 8))
+
+    def restart(self, name: str, end: ClientEnd | CoordinatorEnd) -> None:
+        """Put a new end in the place of an old one, with its key and sequence."""
+        if name in self.ends:
+            end._signer = self.ends[name]._signer
+        self.ends[name] = end
+
+    def signed(self, name: str, topic: str, manifest: Manifest) -> Delivery:
+        """What an end would say, written by hand."""
+        return Delivery(topic, self.ends[name]._signer.seal("fed", name, manifest))
 
     def seen(self, name: str, kind: type) -> list:
         return [event for event in self.events[name] if isinstance(event, kind)]

@@ -15,11 +15,12 @@ from protocol.bus import Connected, Delivery, Publish
 from protocol.client_end import ClientEnd
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference
 from protocol.coordinator_end import GATHER_S, CoordinatorEnd
-from protocol.envelope import COORDINATOR, Envelope, encode
+from protocol.envelope import COORDINATOR, decode
 from protocol.events import Answered, ClientSeen, Finished, OfferTooLarge, PlanReady, UpdateArrived, UpdateUnreadable
 from protocol.messages import (
     MIN_CHUNK_SIZE,
     ClassBankManifest,
+    Manifest,
     Need,
     Receipt,
     Recipe,
@@ -31,6 +32,7 @@ from protocol.messages import (
     Verdict,
 )
 from protocol.parcel import Parcel, pack
+from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
 from protocol.transfer import to_bitmap
 
@@ -81,8 +83,16 @@ def open_round(network, number: int = 1, bank: TextBank | None = None, seed: int
     return plan
 
 
+SIGNERS = {name: Signer() for name in (COORDINATOR, "a", "b", "c")}
+
+
+def said(message: Publish) -> tuple[str, Manifest]:
+    """What a message says, without its sequence number."""
+    return message.topic, decode(opened(message.payload, signer_of(message.payload))).manifest
+
+
 def manifest_on(topic: str, manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
-    return Delivery(topic, encode(Envelope(federation, sender, manifest)))
+    return Delivery(topic, SIGNERS[sender].seal(federation, sender, manifest))
 
 
 @given(fates, st.integers(1, 3), st.booleans())
@@ -124,7 +134,7 @@ def test_each_new_plan_is_ready_once_and_a_late_joiner_gets_the_newest(new_netwo
     for number in (1, 2, 3):
         open_round(network, number, bank=a_bank(number // 2), seed=number // 3)
         network.run(lambda number=number: len(network.seen("a", PlanReady)) == number)
-    network.ends["late"] = ClientEnd("fed", "late", random.Random(9))
+    network.restart("late", ClientEnd("fed", "late", random.Random(9)))
     network.events["late"].clear()
     network.connect("late")
     network.run(lambda: network.seen("late", PlanReady))
@@ -192,7 +202,7 @@ def test_retained_manifests_are_published_again_after_a_reconnection(new_network
     network.published.clear()
     network.connect("coordinator")
     again = [message for message in network.published if message.retain]
-    assert again == [message for message in retained if "/from/" not in message.topic]
+    assert [said(m) for m in again] == [said(message) for message in retained if "/from/" not in message.topic]
     assert [parse(message.topic).kind for message in again] == ["classes", "round"]
 
 
@@ -244,9 +254,11 @@ def test_a_repeated_offer_gets_the_same_receipt_again_and_is_not_fetched_twice(n
     (event,) = network.seen("coordinator", UpdateArrived)
     verdict = Verdict(accepted=False, reason="late", detail="x" * 900)
     (receipt,) = network.ends["coordinator"].answer("a", event.offer, verdict)
-    repeated = Delivery(offers(network)[0].topic, offers(network)[0].payload)
+    topic, offer = said(offers(network)[0])
     for _ in range(3):
-        assert network.ends["coordinator"].handle(repeated, network.now) == ([receipt], [])
+        actions, events = network.ends["coordinator"].handle(network.signed("a", topic, offer), network.now)
+        assert [said(action) for action in actions] == [said(receipt)]
+        assert events == []
     assert [action for action in network.ends["coordinator"].tick(1e6, 8) if parse(action.topic).kind == "need"] == []
 
 
@@ -265,7 +277,7 @@ def test_a_coordinator_that_lost_its_memory_takes_the_upload_anew(new_network):
     network = new_network("a", max_packet=SMALL_PACKETS)
     network.do("a", network.ends["a"].offer(pack(a_result())))
     network.run(lambda: any("/blob/" in message.topic for message in network.published))
-    network.ends["coordinator"] = type(network.ends["coordinator"])("fed", random.Random(1))
+    network.restart("coordinator", CoordinatorEnd("fed", random.Random(1)))
     network.connect("coordinator")
     network.run(lambda: network.seen("coordinator", UpdateArrived))
 
@@ -288,17 +300,17 @@ def sent(network, start: int, kind: str) -> list[int]:
 
 def test_a_restarted_client_fetches_only_what_it_lacks_and_what_it_has_not_at_all(new_network, tmp_path):
     network = new_network("a", max_packet=SMALL_PACKETS)
-    network.ends["a"] = ClientEnd("fed", "a", random.Random(0), tmp_path)
+    network.restart("a", ClientEnd("fed", "a", random.Random(0), tmp_path))
     network.connect()
     plan = open_round(network)
     network.run(lambda: len(sent(network, 0, "all")) > 9)  # killed while the adapter is under way: the bank is here
-    network.ends["a"] = ClientEnd("fed", "a", random.Random(1), tmp_path)
+    network.restart("a", ClientEnd("fed", "a", random.Random(1), tmp_path))
     network.connect("a")
     start = len(network.published)
     network.run(lambda: network.seen("a", PlanReady))
     again = sent(network, start, "all")
     assert 0 < len(again) < plan.adapter.chunks
-    network.ends["a"] = ClientEnd("fed", "a", random.Random(2), tmp_path)
+    network.restart("a", ClientEnd("fed", "a", random.Random(2), tmp_path))
     network.events["a"].clear()
     start = len(network.published)
     network.connect("a")
@@ -329,7 +341,7 @@ def test_a_restarted_coordinator_asks_only_for_what_it_lacks_of_an_upload(new_ne
     chunks = network.ends["a"]._upload.offer.blob.chunks
     network.run(lambda: len(sent(network, 0, "from")) > 3)
     network.step()
-    network.ends["coordinator"] = CoordinatorEnd("fed", random.Random(1), state=tmp_path)
+    network.restart("coordinator", CoordinatorEnd("fed", random.Random(1), state=tmp_path))
     network.connect("coordinator")
     open_round(network)
     start = len(network.published)

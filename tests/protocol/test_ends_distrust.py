@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from protocol.bus import Connected, Delivery, Publish
 from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.envelope import COORDINATOR, Envelope, decode, encode
+from protocol.envelope import COORDINATOR, decode
 from protocol.errors import WireError
 from protocol.events import Answered, Finished, PlanReady
 from protocol.messages import (
@@ -21,6 +22,7 @@ from protocol.messages import (
     MIN_CHUNK_SIZE,
     BlobRef,
     ClassBankManifest,
+    Manifest,
     Need,
     Offer,
     Receipt,
@@ -32,6 +34,7 @@ from protocol.messages import (
     Update,
 )
 from protocol.parcel import pack
+from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics
 from protocol.transfer import to_bitmap
 
@@ -61,17 +64,33 @@ def an_offer(ref: BlobRef) -> Offer:
     return Offer(round=1, base=SHA, blob=ref, samples=1, loss=0, accuracy=0, train_seconds=0, bytes_received=0)
 
 
-def message(topic: str, manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
-    return Delivery(topic, encode(Envelope(federation, sender, manifest)))
+SIGNERS = {name: Signer() for name in (COORDINATOR, "a", "b")}
 
 
-def the_bank(chunk_size: int = CHUNK_SIZE) -> Delivery:
+@dataclass(frozen=True)
+class Said:
+    """A manifest on a topic, signed when it is given to an end."""
+
+    topic: str
+    manifest: Manifest
+    federation: str = "fed"
+    sender: str = COORDINATOR
+
+    def delivery(self) -> Delivery:
+        return Delivery(self.topic, SIGNERS[self.sender].seal(self.federation, self.sender, self.manifest))
+
+
+def delivered(message: Delivery | Said) -> Delivery:
+    return message.delivery() if isinstance(message, Said) else message
+
+
+def the_bank(chunk_size: int = CHUNK_SIZE) -> Said:
     manifest = ClassBankManifest(version=1, blob=reference(BANK_BLOB, chunk_size))
-    return message(TOPICS.broadcast("classes"), manifest)
+    return Said(TOPICS.broadcast("classes"), manifest)
 
 
-def the_round(plan: RoundPlan) -> Delivery:
-    return message(TOPICS.broadcast("round"), plan)
+def the_round(plan: RoundPlan) -> Said:
+    return Said(TOPICS.broadcast("round"), plan)
 
 
 def chunks(blob: bytes, chunk_size: int = CHUNK_SIZE) -> list[Delivery]:
@@ -100,8 +119,8 @@ def a_result(loss: float = 0.5) -> TrainingResult:
     return TrainingResult(1, SHA, Update(ADAPTER, empty, none, none, none, empty, none), 1, loss, 0.5, 1.0)
 
 
-def give(end, *deliveries: Delivery, now: float = 1.0) -> list:
-    return [event for delivery in deliveries for event in end.handle(delivery, now)[1]]
+def give(end, *deliveries: Delivery | Said, now: float = 1.0) -> list:
+    return [event for delivery in deliveries for event in end.handle(delivered(delivery), now)[1]]
 
 
 def test_the_control_sequence_that_the_strangers_imitate_is_accepted():
@@ -115,13 +134,13 @@ FINISHED = a_plan(state="finished")
 @pytest.mark.parametrize(
     "delivery",
     [
-        message(TOPICS.broadcast("round"), FINISHED, federation="other"),
-        message(Topics("other").broadcast("round"), FINISHED, federation="other"),
-        message(TOPICS.broadcast("round"), FINISHED, sender="b"),
-        message(TOPICS.broadcast("round"), FINISHED, sender="a"),
-        message(TOPICS.broadcast("classes"), FINISHED),
-        message(TOPICS.to("a", "receipt"), FINISHED),
-        message(TOPICS.from_("a", "round"), FINISHED),
+        Said(TOPICS.broadcast("round"), FINISHED, federation="other"),
+        Said(Topics("other").broadcast("round"), FINISHED, federation="other"),
+        Said(TOPICS.broadcast("round"), FINISHED, sender="b"),
+        Said(TOPICS.broadcast("round"), FINISHED, sender="a"),
+        Said(TOPICS.broadcast("classes"), FINISHED),
+        Said(TOPICS.to("a", "receipt"), FINISHED),
+        Said(TOPICS.from_("a", "round"), FINISHED),
         Delivery(TOPICS.broadcast("round"), b""),
         Delivery(TOPICS.broadcast("round"), b"\xff" * 100),
         Delivery(TOPICS.broadcast("round"), bytes(20_000)),
@@ -133,20 +152,20 @@ FINISHED = a_plan(state="finished")
 def test_a_client_ignores_what_is_not_its_coordinators(delivery):
     assert give(new_client(), the_round(FINISHED)) == [Finished(FINISHED)]
     end = new_client()
-    assert end.handle(delivery, 1.0) == ([], [])
+    assert end.handle(delivered(delivery), 1.0) == ([], [])
     assert end.tick(2.0, 8) == []
 
 
 @pytest.mark.parametrize(
     "delivery",
     [
-        message(TOPICS.from_("a", "status"), Status(state="online"), sender="b"),
-        message(TOPICS.from_("a", "status"), Status(state="online"), sender=COORDINATOR),
-        message(TOPICS.from_("a", "status"), Status(state="online"), sender="a", federation="other"),
-        message(Topics("other").from_("a", "status"), Status(state="online"), sender="a", federation="other"),
-        message(TOPICS.to("a", "status"), Status(state="online"), sender="a"),
-        message(TOPICS.from_("a", "offer"), Status(state="online"), sender="a"),
-        message(TOPICS.from_("a", "receipt"), Status(state="online"), sender="a"),
+        Said(TOPICS.from_("a", "status"), Status(state="online"), sender="b"),
+        Said(TOPICS.from_("a", "status"), Status(state="online"), sender=COORDINATOR),
+        Said(TOPICS.from_("a", "status"), Status(state="online"), sender="a", federation="other"),
+        Said(Topics("other").from_("a", "status"), Status(state="online"), sender="a", federation="other"),
+        Said(TOPICS.to("a", "status"), Status(state="online"), sender="a"),
+        Said(TOPICS.from_("a", "offer"), Status(state="online"), sender="a"),
+        Said(TOPICS.from_("a", "receipt"), Status(state="online"), sender="a"),
         Delivery(TOPICS.from_("a", "offer"), b"\xff"),
         Delivery(TOPICS.upload("a", SHA, 0), b"data"),
         Delivery("something/else", b"{}"),
@@ -154,8 +173,8 @@ def test_a_client_ignores_what_is_not_its_coordinators(delivery):
 )
 def test_a_coordinator_ignores_what_is_not_that_clients(delivery):
     end = new_coordinator()
-    assert len(give(end, message(TOPICS.from_("a", "status"), Status(state="online"), sender="a"))) == 1
-    assert end.handle(delivery, 1.0) == ([], [])
+    assert len(give(end, Said(TOPICS.from_("a", "status"), Status(state="online"), sender="a"))) == 1
+    assert end.handle(delivered(delivery), 1.0) == ([], [])
     assert end.tick(2.0, 8) == []
 
 
@@ -171,7 +190,7 @@ def test_no_bytes_shake_an_end(topic, payload):
 def test_a_receipt_for_another_update_leaves_the_offer_standing():
     end = new_client(offering=True)
     other = Receipt(round=1, sha256=SHA, accepted=True, reason="accepted")
-    assert give(end, message(TOPICS.to("a", "receipt"), other)) == []
+    assert give(end, Said(TOPICS.to("a", "receipt"), other)) == []
     assert [action.topic for action in end.tick(2.0, 8)] == [TOPICS.from_("a", "offer")]
 
 
@@ -179,7 +198,7 @@ def test_a_receipt_on_another_clients_topic_is_ignored():
     end = new_client(offering=True)
     offer = end._upload.offer
     receipt = Receipt(round=1, sha256=offer.blob.sha256, accepted=True, reason="accepted")
-    assert give(end, message(TOPICS.to("b", "receipt"), receipt)) == []
+    assert give(end, Said(TOPICS.to("b", "receipt"), receipt)) == []
 
 
 def test_a_damaged_blob_is_asked_for_again():
@@ -210,7 +229,7 @@ def test_blobs_cut_anew_by_a_restarted_coordinator_still_arrive():
 
 def served(end: CoordinatorEnd, ref: BlobRef) -> list[Publish]:
     need = Need(sha256=ref.sha256, missing=to_bitmap(set(range(ref.chunks)), ref.chunks))
-    give(end, message(TOPICS.from_("a", "need"), need, sender="a"))
+    give(end, Said(TOPICS.from_("a", "need"), need, sender="a"))
     return end.tick(2.0, 999)
 
 
@@ -226,7 +245,11 @@ def test_chunks_fit_the_brokers_packets_when_the_bank_was_published_before():
     end = CoordinatorEnd("fed", random.Random(0))
     end.publish_bank(BANK)
     actions, _ = end.handle(Connected(2000), 0.0)
-    (announced,) = [decode(action.payload).manifest for action in actions if isinstance(action, Publish)]
+    (announced,) = [
+        decode(opened(action.payload, signer_of(action.payload))).manifest
+        for action in actions
+        if isinstance(action, Publish)
+    ]
     assert max(len(action.payload) + len(action.topic) for action in served(end, announced.blob)) <= 2000
 
 
@@ -238,9 +261,10 @@ def test_an_upload_fits_the_packets_of_the_next_broker():
 
 def test_an_offer_of_absurdly_many_chunks_is_refused_before_it_is_an_offer():
     end = new_coordinator()
-    good = message(TOPICS.from_("a", "offer"), an_offer(BlobRef(sha256=SHA, size=60 * 1024 * 1024)), sender="a")
-    small = f'"chunk_size":{MIN_CHUNK_SIZE}'.encode()
-    give(end, Delivery(good.topic, good.payload.replace(f'"chunk_size":{CHUNK_SIZE}'.encode(), small)))
+    good = Said(TOPICS.from_("a", "offer"), an_offer(BlobRef(sha256=SHA, size=60 * 1024 * 1024)), sender="a")
+    absurd = BlobRef.model_construct(sha256=SHA, size=60 * 1024 * 1024, chunk_size=MIN_CHUNK_SIZE)
+    assert give(end, replace(good, manifest=good.manifest.model_copy(update={"blob": absurd}))) == []
+    assert end.gate.counts == {"malformed": 1}
     assert end.tick(2.0, 8) == []
     (made,) = give(end, good)
     end.fetch(made.client, made.offer)
@@ -256,7 +280,7 @@ def test_a_blob_that_cannot_be_read_is_not_waited_for_in_silence():
     end = new_client()
     unreadable = ADAPTER_BLOB
     manifest = ClassBankManifest(version=1, blob=reference(unreadable))
-    give(end, message(TOPICS.broadcast("classes"), manifest))
+    give(end, Said(TOPICS.broadcast("classes"), manifest))
     end.tick(1.0, 8)
     events = give(end, *chunks(unreadable))
     assert events or end.tick(100.0, 8)
@@ -264,17 +288,18 @@ def test_a_blob_that_cannot_be_read_is_not_waited_for_in_silence():
 
 def test_bytes_are_counted_until_the_next_offer():
     end = new_client()
-    delivery = the_bank()
+    delivery = delivered(the_bank())
     give(end, delivery, delivery)
-    assert end.bytes_received == 2 * len(delivery.payload)
+    received = end.bytes_received
+    assert received == 2 * len(delivery.payload)
     end.offer(pack(a_result()))
-    assert (end._upload.offer.bytes_received, end.bytes_received) == (2 * len(delivery.payload), 0)
+    assert (end._upload.offer.bytes_received, end.bytes_received) == (received, 0)
 
 
 def test_answered_means_the_receipt_of_this_very_offer():
     end = new_client(offering=True)
     offer = end._upload.offer
     receipt = Receipt(round=1, sha256=offer.blob.sha256, accepted=False, reason="late")
-    assert give(end, message(TOPICS.to("a", "receipt"), receipt)) == [Answered(receipt)]
-    assert give(end, message(TOPICS.to("a", "receipt"), receipt)) == []
+    assert give(end, Said(TOPICS.to("a", "receipt"), receipt)) == [Answered(receipt)]
+    assert give(end, Said(TOPICS.to("a", "receipt"), receipt)) == []
     assert end.tick(99.0, 8) == []

@@ -134,16 +134,16 @@ def test_a_manifest_survives_the_way(kind, data, federation, sender):
     assert encode(decode(encoded)) == encoded
 
 
-def test_a_manifest_of_exactly_16_kb_is_read_and_one_byte_more_is_refused():
+def test_a_manifest_of_exactly_12_kb_is_read_and_one_byte_more_is_refused():
     data = encode(Envelope("fed", COORDINATOR, PLAN))
     assert decode(data.ljust(MAX_MANIFEST)).manifest == PLAN
-    with pytest.raises(WireError, match="16385 bytes exceeds 16384"):
+    with pytest.raises(WireError, match="12289 bytes exceeds 12288"):
         decode(data.ljust(MAX_MANIFEST + 1))
 
 
-def test_a_manifest_above_16_kb_is_not_sent():
+def test_a_manifest_above_12_kb_is_not_sent():
     crowd = PLAN.model_copy(update={"participants": tuple(f"client-{i:056}" for i in range(300))})
-    with pytest.raises(WireError, match=r"round manifest of .* exceeds 16384"):
+    with pytest.raises(WireError, match=r"round manifest of .* exceeds 12288"):
         encode(Envelope("fed", COORDINATOR, crowd))
 
 
@@ -155,6 +155,8 @@ def test_a_manifest_above_16_kb_is_not_sent():
         (changed(OFFER, {"v": 2}), "version 2"),
         (changed(OFFER, {"v": "1"}), "not an envelope: v"),
         (changed(OFFER, {"extra": 1}), "not an envelope: extra"),
+        (changed(OFFER, {"sequence": -1}), "not an envelope: sequence"),
+        (changed(OFFER, {"sequence": "1"}), "not an envelope: sequence"),
         (changed(OFFER, {"sender": "a/b"}), "not an envelope: sender"),
         (changed(OFFER, {"sender": "a\n"}), "not an envelope: sender"),
         (changed(OFFER, {"federation": "+"}), "not an envelope: federation"),
@@ -173,7 +175,7 @@ def test_a_manifest_above_16_kb_is_not_sent():
         (changed(OFFER, blob={"sha256": SHA, "size": 1, "chunk_size": 1}), "bad offer manifest: blob.chunk_size"),
         (b"", "not an envelope"),
         (b"null", "not an envelope"),
-        (b"[" * 16000, "not an envelope"),
+        (b"[" * 12000, "not an envelope"),
         (b'{"v":' + b"9" * 9000 + b"}", "not an envelope"),
         (b"\xff\xfe", "not an envelope"),
     ],

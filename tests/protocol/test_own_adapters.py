@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from protocol.bus import Connected, Delivery, Publish, Subscribe
 from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter, encode_bank, reference
-from protocol.envelope import COORDINATOR, Envelope, decode, encode
+from protocol.coordinator_end import CoordinatorEnd
+from protocol.envelope import COORDINATOR, decode
 from protocol.events import NotDrawn, PlanReady
 from protocol.messages import (
     MIN_CHUNK_SIZE,
@@ -27,6 +29,7 @@ from protocol.messages import (
     RoundPlan,
     TextBank,
 )
+from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
 from protocol.transfer import PACKET_MARGIN, to_bitmap
 
@@ -82,6 +85,10 @@ def open_round(network, own: dict[str, int], number: int = 1, common: int = COMM
     return plan
 
 
+def manifest_of(message: Publish) -> Manifest:
+    return decode(opened(message.payload, signer_of(message.payload))).manifest
+
+
 def sent_chunks(network) -> list[tuple[str, int]]:
     """Hash and index of every broadcast chunk, in order."""
     addresses = [parse(message.topic) for message in network.published]
@@ -91,7 +98,7 @@ def sent_chunks(network) -> list[tuple[str, int]]:
 def asked_for(network, name: str) -> set[str]:
     """Hashes of the blobs that a client asked for."""
     topic = TOPICS.from_(name, "need")
-    needs = [decode(message.payload).manifest for message in network.published if message.topic == topic]
+    needs = [manifest_of(message) for message in network.published if message.topic == topic]
     return {need.sha256 for need in needs if isinstance(need, Need)}
 
 
@@ -147,10 +154,10 @@ def test_the_newest_rounds_own_adapter_is_the_start_however_late_the_last_rounds
 @settings(deadline=None, max_examples=40)
 def test_who_joins_in_the_middle_of_a_round_gets_its_own(new_network, schedule, pause):
     network = new_network("a", "late", fates=schedule, max_packet=SMALL_PACKETS)
-    network.ends["late"] = ClientEnd("fed", "late", random.Random(9))
+    network.restart("late", ClientEnd("fed", "late", random.Random(9)))
     plan = open_round(network, {"a": 1, "late": 2})
     network.pass_time(pause)
-    network.ends["late"] = ClientEnd("fed", "late", random.Random(10))
+    network.restart("late", ClientEnd("fed", "late", random.Random(10)))
     network.events["late"].clear()
     network.connect("late")
     network.run(lambda: all(network.seen(name, PlanReady) for name in ("a", "late")))
@@ -199,7 +206,7 @@ def own_manifests(network) -> dict[str, ClientAdapter]:
         address = parse(message.topic)
         if (address.direction, address.kind) == ("to", "adapter"):
             assert message.retain
-            manifest = decode(message.payload).manifest
+            manifest = manifest_of(message)
             assert isinstance(manifest, ClientAdapter)
             newest[str(address.client)] = manifest
     return newest
@@ -242,7 +249,7 @@ def test_the_last_rounds_own_adapters_are_no_longer_served(new_network):
     coordinator = network.ends["coordinator"]
     for seed, count in ((2, 0), (1, 1), (3, 1), (COMMON, 1)):
         need = Need(sha256=digest(seed), missing=to_bitmap({0}, 1))
-        coordinator.handle(message(TOPICS.from_("a", "need"), need, sender="a"), network.now)
+        coordinator.handle(Said(TOPICS.from_("a", "need"), need, sender="a").delivery(), network.now)
         assert len(coordinator.tick(network.now + 1.0, 99)) == count
 
 
@@ -263,7 +270,7 @@ def test_a_restarted_coordinators_plan_is_ready_again_without_a_second_fetch(new
     network = new_network("a", max_packet=SMALL_PACKETS)
     open_round(network, {"a": 1})
     network.run(lambda: network.seen("a", PlanReady))
-    network.ends["coordinator"] = type(network.ends["coordinator"])("fed", random.Random(1))
+    network.restart("coordinator", CoordinatorEnd("fed", random.Random(1)))
     network.published.clear()
     network.connect("coordinator")
     plan = open_round(network, {"a": 1}, start=2)
@@ -278,7 +285,7 @@ def test_an_uninvited_client_fetches_no_adapter_not_even_the_last_rounds_own(new
     network.run(lambda: all(network.seen(name, PlanReady) for name in "ab"))
     network.published.clear()
     plan = open_round(network, {"a": 3}, number=2, common=4)
-    network.ends["new"] = ClientEnd("fed", "new", random.Random(5))
+    network.restart("new", ClientEnd("fed", "new", random.Random(5)))
     network.events["new"] = []
     network._filters["new"] = set()
     network.connect("b", "new")
@@ -302,21 +309,37 @@ def test_a_client_that_is_not_drawn_stops_fetching_the_last_rounds_adapter(new_n
     assert asked_for(network, "b") == set()
 
 
-def message(topic: str, manifest: Manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
-    return Delivery(topic, encode(Envelope(federation, sender, manifest)))
+SIGNERS = {name: Signer() for name in (COORDINATOR, "a", "b")}
 
 
-def own_adapter(seed: int, number: int = 2, run: str = "run-1") -> Delivery:
+@dataclass(frozen=True)
+class Said:
+    """A manifest on a topic, signed when it is given to an end."""
+
+    topic: str
+    manifest: Manifest
+    federation: str = "fed"
+    sender: str = COORDINATOR
+
+    def delivery(self) -> Delivery:
+        return Delivery(self.topic, SIGNERS[self.sender].seal(self.federation, self.sender, self.manifest))
+
+
+def delivered(message: Delivery | Said) -> Delivery:
+    return message.delivery() if isinstance(message, Said) else message
+
+
+def own_adapter(seed: int, number: int = 2, run: str = "run-1") -> Said:
     ref = reference(encode_adapter(an_adapter(seed)), MIN_CHUNK_SIZE)
-    return message(TOPICS.to("a", "adapter"), ClientAdapter(run=run, round=number, adapter=ref))
+    return Said(TOPICS.to("a", "adapter"), ClientAdapter(run=run, round=number, adapter=ref))
 
 
 BANK_BLOB = encode_bank(a_bank())
 BANK_REF = reference(BANK_BLOB, MIN_CHUNK_SIZE)
 PLAN = a_plan(reference(encode_adapter(an_adapter(COMMON)), MIN_CHUNK_SIZE), BANK_REF, 2, ("a",))
 MANIFESTS = {
-    "classes": message(TOPICS.broadcast("classes"), ClassBankManifest(version=1, blob=BANK_REF)),
-    "round": message(TOPICS.broadcast("round"), PLAN),
+    "classes": Said(TOPICS.broadcast("classes"), ClassBankManifest(version=1, blob=BANK_REF)),
+    "round": Said(TOPICS.broadcast("round"), PLAN),
     "adapter": own_adapter(1),
 }
 
@@ -327,13 +350,13 @@ def new_client() -> ClientEnd:
     return end
 
 
-def give(end: ClientEnd, *deliveries: Delivery) -> list:
-    return [event for delivery in deliveries for event in end.handle(delivery, 1.0)[1]]
+def give(end: ClientEnd, *deliveries: Delivery | Said) -> list:
+    return [event for delivery in deliveries for event in end.handle(delivered(delivery), 1.0)[1]]
 
 
 def needs(end: ClientEnd) -> set[str]:
     """What the client asks for once all that it waits with has become due."""
-    manifests = [decode(action.payload).manifest for action in end.tick(1e6, 8) if isinstance(action, Publish)]
+    manifests = [manifest_of(action) for action in end.tick(1e6, 8) if isinstance(action, Publish)]
     return {need.sha256 for need in manifests if isinstance(need, Need)}
 
 
@@ -363,26 +386,26 @@ def test_manifests_may_come_in_any_order_and_twice(order, times):
 STRANGE = {
     "of-an-older-round": own_adapter(2, number=1),
     "of-another-run": own_adapter(2, run="run-0"),
-    "for-another-client": message(
+    "for-another-client": Said(
         TOPICS.to("b", "adapter"),
         ClientAdapter(run="run-1", round=2, adapter=reference(encode_adapter(an_adapter(2)))),
     ),
-    "by-another-sender": message(
+    "by-another-sender": Said(
         TOPICS.to("a", "adapter"),
         ClientAdapter(run="run-1", round=2, adapter=reference(encode_adapter(an_adapter(2)))),
         sender="b",
     ),
-    "of-another-federation": message(
+    "of-another-federation": Said(
         TOPICS.to("a", "adapter"),
         ClientAdapter(run="run-1", round=2, adapter=reference(encode_adapter(an_adapter(2)))),
         federation="other",
     ),
-    "said-by-the-client-itself": message(
+    "said-by-the-client-itself": Said(
         TOPICS.from_("a", "adapter"),
         ClientAdapter(run="run-1", round=2, adapter=reference(encode_adapter(an_adapter(2)))),
         sender="a",
     ),
-    "that-is-a-plan": message(TOPICS.to("a", "adapter"), PLAN.model_copy(update={"round": 3})),
+    "that-is-a-plan": Said(TOPICS.to("a", "adapter"), PLAN.model_copy(update={"round": 3})),
     "that-is-noise": Delivery(TOPICS.to("a", "adapter"), b"\xff" * 40),
 }
 
@@ -415,7 +438,7 @@ def test_an_own_adapter_that_is_not_this_rounds_for_this_client_is_not_followed(
 def test_an_own_adapter_that_comes_after_a_plan_without_this_client_is_not_fetched(individual, number):
     others = PLAN.model_copy(update={"participants": ("b",), "individual": individual})
     end = new_client()
-    events = give(end, MANIFESTS["classes"], *chunks(BANK_BLOB), message(TOPICS.broadcast("round"), others))
+    events = give(end, MANIFESTS["classes"], *chunks(BANK_BLOB), Said(TOPICS.broadcast("round"), others))
     assert events == [NotDrawn(others)]
     assert give(end, own_adapter(1, number), *OWN_CHUNKS, *chunks(encode_adapter(an_adapter(COMMON)))) == []
     assert needs(end) == set()

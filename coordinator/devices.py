@@ -1,0 +1,60 @@
+"""Whose key counts here: the journal's table of devices, looked up in memory and read again every two seconds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from coordinator.store import Store
+from protocol.errors import Refused
+
+log = logging.getLogger(__name__)
+
+Admission = Literal["open", "registered"]
+REFRESH_S = 2.0
+
+
+class Devices:
+    """The devices of a federation, as the gate asks for them.
+
+    With admission "open" a device that nobody knows is registered by the key that it is first seen with; from then on its
+    name belongs to that key. With "registered" only `clipcast device add` lets one in.
+    """
+
+    def __init__(self, store: Store, admission: Admission, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._admission = admission
+        self._clock = clock
+        self._known = store.devices()
+        self._read = clock()
+
+    def check(self, sender: str, key: str) -> None:
+        """Raise Refused if the sender is unknown and may not register, is revoked, or is known by another key."""
+        known = self._known.get(sender)
+        if known is None:
+            if self._admission == "registered":
+                raise Refused("unknown-device", f"{sender} is not registered: `clipcast device add {sender} {key}` would")
+        elif known.revoked:
+            raise Refused("revoked", f"{sender} was revoked")
+        elif known.key != key:
+            raise Refused(
+                "wrong-key",
+                f"{sender} is registered with key {known.key[:12]}, this is signed with {key[:12]}: another device of this "
+                f"name, or the same one set up anew (then `clipcast device add {sender} {key}`)",
+            )
+
+    def admit(self, sender: str, key: str) -> None:
+        """Register a new device."""
+        if sender not in self._known:
+            self._store.add_device(sender, key, replace=False)
+            self._known = self._store.devices()
+            log.info("new device %s with key %s", sender, key)
+
+    def refresh(self) -> set[str]:
+        """Read the table again if it is time; return the devices that were revoked or replaced meanwhile."""
+        if self._clock() - self._read < REFRESH_S:
+            return set()
+        before, self._known, self._read = self._known, self._store.devices(), self._clock()
+        return {name for name, device in self._known.items() if name in before and before[name] != device}

@@ -1,0 +1,161 @@
+"""The gate: what has to be true of a message before its content is looked at. Cheapest checks first, each with a verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Protocol
+
+from protocol.envelope import COORDINATOR, Envelope, decode
+from protocol.errors import KeyFileError, Refused, WireError
+from protocol.files import write_atomic
+from protocol.signing import MAX_TOKEN, opened, public_key, signer_of
+from protocol.topics import Address
+
+log = logging.getLogger(__name__)
+
+RETAINED = frozenset(("classes", "round", "adapter"))
+LASTING = (*sorted(RETAINED), "receipt")
+
+
+class Trust(Protocol):
+    """Whose key counts."""
+
+    def check(self, sender: str, key: str) -> None:
+        """Raise Refused unless `sender` may sign with `key`, or is not known yet and may become so."""
+
+    def admit(self, sender: str, key: str) -> None:
+        """Take in a sender whose first message has passed the gate; does nothing if it is known."""
+
+
+class FirstUse:
+    """Trusts the key that a sender is first seen with, and no other from then on, for as long as this process runs."""
+
+    def __init__(self, keys: dict[str, str] | None = None) -> None:
+        self._keys = dict(keys or {})
+
+    def check(self, sender: str, key: str) -> None:
+        """Raise Refused if the sender is known by another key."""
+        if self._keys.get(sender, key) != key:
+            raise Refused("wrong-key", f"{sender} is known by another key than {key[:12]}")
+
+    def admit(self, sender: str, key: str) -> None:
+        """Remember the sender's key."""
+        self._keys.setdefault(sender, key)
+
+
+class Pinned:
+    """Trusts one coordinator: by the key in the settings, or else by the first one seen, kept in the file `path`."""
+
+    def __init__(self, path: Path, key: str | None = None) -> None:
+        self._path = path
+        self._given = key
+        self._key = key or self._read()
+
+    def check(self, sender: str, key: str) -> None:
+        """Raise Refused if this is not the coordinator's key."""
+        if sender == COORDINATOR and self._key not in (None, key):
+            source = "the settings' `coordinator_key`" if self._given else f"{self._path}, pinned at the first contact"
+            raise Refused(
+                "wrong-key",
+                f"signed with {key}, which is not the coordinator's key ({source}). If the coordinator was set up anew, "
+                f"put the key that `clipcast coordinator key` prints there",
+            )
+
+    def admit(self, sender: str, key: str) -> None:
+        """Pin the first coordinator seen; raises KeyFileError if that cannot be kept."""
+        if sender == COORDINATOR and self._key is None:
+            try:
+                write_atomic(self._path, key.encode())
+            except OSError as error:
+                raise KeyFileError(f"{self._path} cannot be written: {error}") from error
+            self._key = key
+            log.info("from now on the coordinator's key is %s", key)
+
+    def _read(self) -> str | None:
+        try:
+            key = self._path.read_text(encoding="ascii").strip()
+            public_key(key)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise KeyFileError(f"{self._path} cannot be read as a key: {error}. Put the coordinator's key there") from error
+        return key
+
+
+class Gate:
+    """Lets in what a known sender has signed for this topic, once. `counts` says how much was refused, by verdict."""
+
+    def __init__(self, federation: str, trust: Trust, marks: Path | None = None) -> None:
+        """Remember in the file `marks` how far the numbers of lasting manifests have risen, or only in memory."""
+        self.counts: Counter[str] = Counter()
+        self._federation = federation
+        self._trust = trust
+        self._marks = marks
+        self._seen: dict[tuple[str, str], int] = {}
+        if marks is not None:
+            self._seen = {(COORDINATOR, kind): number for kind, number in _read_marks(marks).items()}
+
+    def open(self, address: Address, payload: bytes) -> Envelope:
+        """Return the manifest inside; raises Refused, which names the verdict."""
+        try:
+            return self._open(address, payload)
+        except Refused as error:
+            self.counts[error.verdict] += 1
+            raise
+
+    def _open(self, address: Address, payload: bytes) -> Envelope:
+        if len(payload) > MAX_TOKEN:
+            raise Refused("too-long", f"{len(payload)} bytes, a manifest has at most {MAX_TOKEN}")
+        sender = COORDINATOR if address.direction != "from" else address.client
+        if sender is None or address.federation != self._federation:
+            raise Refused("wrong-topic", f"nobody speaks on {address}")
+        key = signer_of(payload)
+        self._trust.check(sender, key)
+        try:
+            envelope = decode(opened(payload, key))
+        except Refused:
+            raise
+        except WireError as error:
+            raise Refused("malformed", str(error)) from error
+        said = (envelope.federation, envelope.sender, envelope.manifest.kind)
+        if said != (address.federation, sender, address.kind):
+            raise Refused("wrong-topic", f"a {said[2]} manifest by {said[1]!r} in {said[0]!r} on a topic of others")
+        self._trust.admit(sender, key)
+        self._check_order(sender, address.kind, envelope.sequence)
+        return envelope
+
+    def _check_order(self, sender: str, kind: str, number: int) -> None:
+        if kind == "status":  # a hint; and the last will, which is signed long before it is said
+            return
+        last = self._seen.get((sender, kind), 0)
+        # The broker gives out what is retained again and again; all else is said anew with a new number.
+        if number < last or (number == last and kind not in RETAINED):
+            raise Refused("replayed", f"number {number} of {sender} after {last}: old, or said again by somebody else")
+        self._seen[sender, kind] = number
+        if self._marks is not None and number > last and kind in LASTING:
+            lasting = {kind: number for (_, kind), number in self._seen.items() if kind in LASTING}
+            try:
+                write_atomic(self._marks, json.dumps(lasting).encode())
+            except OSError as error:
+                log.warning("%s cannot be written, a restart will believe what is older: %s", self._marks, error)
+
+
+def _read_marks(path: Path) -> dict[str, int]:
+    try:
+        marks = json.loads(path.read_bytes())
+        return {kind: int(marks[kind]) for kind in LASTING if kind in marks}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s cannot be read, older manifests would be believed: %s", path, error)
+        return {}
+
+
+def note(counts: Counter[str], topic: str, error: Refused) -> None:
+    """Log a refusal: the first of its verdict, then the 2nd, 4th, 8th ... so that a flood fills no disk."""
+    count = counts[error.verdict]
+    if count & (count - 1) == 0:
+        log.warning("refused a message on %s: %s (%s, %d so far)", topic, error, error.verdict, count)

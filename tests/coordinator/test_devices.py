@@ -1,0 +1,70 @@
+"""Whose key counts: registration at first sight or by hand, revocation while a coordinator is at work."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.devices import REFRESH_S, Devices
+from coordinator.store import Device, Store
+from protocol.errors import Refused
+
+ONE, OTHER = "1" * 43, "2" * 43
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "state")
+    store.prepare()
+    yield store
+    store.close()
+
+
+def verdict(devices, sender, key):
+    with pytest.raises(Refused) as caught:
+        devices.check(sender, key)
+    return caught.value.verdict
+
+
+def test_an_open_federation_registers_a_new_device_once(store):
+    devices = Devices(store, "open")
+    devices.check("ann", ONE)
+    devices.admit("ann", ONE)
+    devices.admit("ann", OTHER)
+    assert store.devices() == {"ann": Device(ONE, revoked=False)}
+    assert verdict(devices, "ann", OTHER) == "wrong-key"
+    assert verdict(Devices(store, "open"), "ann", OTHER) == "wrong-key"  # after a restart, too
+
+
+def test_with_registration_only_those_who_were_added_come_in(store, tmp_path):
+    devices = Devices(store, "registered")
+    assert verdict(devices, "ann", ONE) == "unknown-device"
+    Store(tmp_path / "state").add_device("ann", ONE)
+    Devices(store, "registered").check("ann", ONE)
+
+
+def test_a_device_that_is_revoked_beside_a_working_coordinator_is_cut_off(store, tmp_path):
+    clock = Clock()
+    devices = Devices(store, "open", clock)
+    for name in ("ann", "bob"):
+        devices.admit(name, ONE)
+    operator = Store(tmp_path / "state")
+    assert operator.revoke_device("ann")
+    assert not operator.revoke_device("eve")
+    assert devices.refresh() == set()  # not yet
+    clock.now += REFRESH_S
+    assert devices.refresh() == {"ann"}
+    assert devices.refresh() == set()
+    assert verdict(devices, "ann", ONE) == "revoked"
+    devices.check("bob", ONE)
+    operator.add_device("ann", OTHER)
+    clock.now += REFRESH_S
+    assert devices.refresh() == {"ann"}
+    devices.check("ann", OTHER)
+    assert verdict(devices, "ann", ONE) == "wrong-key"
