@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def commands() -> list[list[str]]:
     """Every `clipcast ...` line of the README's shell blocks."""
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("#")[0].strip().removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
     return [shlex.split(line)[1:] for line in lines if line.startswith("clipcast ")]
 
 
@@ -55,4 +55,6 @@ def test_no_figure_is_left_open() -> None:
 
 def test_the_help_names_all_commands() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    assert all(name in shown for name in ("coordinator", "client", "export", "infer", "profiles", "demo"))
+    assert all(
+        name in shown for name in ("coordinator", "client", "export", "infer", "profiles", "demo", "device", "simulate")
+    )
