@@ -11,6 +11,7 @@ from typing import Protocol
 from protocol.envelope import COORDINATOR, Envelope, decode
 from protocol.errors import KeyFileError, Refused, WireError
 from protocol.files import write_atomic
+from protocol.messages import Status
 from protocol.signing import MAX_TOKEN, opened, public_key, signer_of
 from protocol.topics import Address
 
@@ -123,7 +124,9 @@ class Gate:
         said = (envelope.federation, envelope.sender, envelope.manifest.kind)
         if said != (address.federation, sender, address.kind):
             raise Refused("wrong-topic", f"a {said[2]} manifest by {said[1]!r} in {said[0]!r} on a topic of others")
-        self._trust.admit(sender, key)
+        if not (isinstance(envelope.manifest, Status) and envelope.manifest.state == "offline"):
+            # What a device that is gone has left at the broker gives nobody its name.
+            self._trust.admit(sender, key)
         self._check_order(sender, address.kind, envelope.sequence)
         return envelope
 

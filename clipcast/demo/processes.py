@@ -53,7 +53,8 @@ def write_settings(settings: DemoSettings, layout: Layout, broker: str) -> tuple
         path = settings.out / f"{home.name}.toml"
         path.write_text(
             f"id = {json.dumps(home.name)}\nfederation = {json.dumps(settings.federation)}\ndata = {json.dumps(str(home))}\n"
-            f'profile = "generic-cpu"\nbits = {settings.bits}\nthreads = {threads}\n\n[broker]\nurl = {json.dumps(broker)}\n'
+            f'state = {json.dumps(f"clients/{home.name}")}\nprofile = "generic-cpu"\nbits = {settings.bits}\n'
+            f"threads = {threads}\n\n[broker]\nurl = {json.dumps(broker)}\n"
         )
         clients.append(path)
     return coordinator, clients

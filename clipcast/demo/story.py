@@ -219,7 +219,7 @@ def _clear(settings: DemoSettings) -> None:
         raise SettingsError(f"--out {out} holds files that are not an earlier demo's: name a new or empty folder")
     if out in (Path(settings.data).absolute(), *Path(settings.data).absolute().parents):
         raise SettingsError(f"--data {settings.data} lies inside --out {out}, which the demo empties: name another --out")
-    for name in ("pictures", "state", "logs"):
+    for name in ("pictures", "state", "clients", "logs"):
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()

@@ -61,6 +61,8 @@ def test_a_folder_of_classes_over_the_embedded_broker(tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = run_demo(out, "--data", str(tmp_path / "photos"))
     check_report(report, out)
+    again = run_demo(out, "--data", str(tmp_path / "photos"))  # with new keys, over the folder of the first
+    assert again["federated"] == report["federated"]
     assert report["settings"]["held_out_pictures"] == 12
 
 

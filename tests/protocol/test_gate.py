@@ -90,6 +90,13 @@ def test_a_message_that_is_turned_away_gives_nobody_a_name(gate):
     gate.open(parse(topic), owner.seal("fed", "a", NEED))
 
 
+def test_what_a_device_that_is_gone_has_left_at_the_broker_gives_it_no_name(gate):
+    old, new, topic = Signer(), Signer(), parse(TOPICS.from_("a", "status"))
+    assert gate.open(topic, old.seal("fed", "a", Status(state="offline"))).manifest.state == "offline"
+    gate.open(topic, new.seal("fed", "a", STATUS))
+    assert verdict(gate, TOPICS.from_("a", "status"), old.seal("fed", "a", STATUS)) == "wrong-key"
+
+
 def test_nothing_is_let_in_twice_but_what_the_broker_retains(gate):
     signer, to_coordinator = Signer(), TOPICS.from_("a", "need")
     first, second = signer.seal("fed", "a", NEED), signer.seal("fed", "a", NEED)
