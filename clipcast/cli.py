@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from clipcast import __version__
-from clipcast.commands import client, coordinator, demo, device, export, infer, profiles, simulate
+from clipcast.commands import broker, ca, client, coordinator, demo, device, export, infer, profiles, simulate
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(client.app, name="client")
 app.add_typer(device.app, name="device")
+app.add_typer(broker.app, name="broker")
+app.add_typer(ca.app, name="ca")
 app.add_typer(profiles.app, name="profiles")
 app.command("export")(export.export)
 app.command("infer")(infer.infer)

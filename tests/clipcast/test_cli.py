@@ -56,6 +56,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "coordinator rounds",
             "client init",
             "client run",
+            "client key",
+            "coordinator key",
+            "device list",
+            "device add",
+            "device revoke",
+            "ca init",
+            "ca issue",
+            "broker config",
             "export",
             "infer",
             "demo",
@@ -258,3 +266,37 @@ def test_a_simulation_writes_what_it_says_and_keeps_its_clients_quiet(tmp_path: 
         assert f"wrote runs/{name}" in done.stderr
         assert (tmp_path / "runs" / name).stat().st_size > 0
     assert "uploading" not in done.stdout + done.stderr
+
+
+def test_an_authority_and_a_broker_are_made_in_five_commands(tmp_path: Path) -> None:
+    clipcast("ca", "init", "ca", cwd=tmp_path)
+    clipcast("ca", "issue", "broker", "ca", "--host", "labserver", "--host", "127.0.0.1", cwd=tmp_path)
+    clipcast("ca", "issue", "coordinator", "ca", cwd=tmp_path)
+    clipcast("ca", "issue", "jetson-1", "ca", cwd=tmp_path)
+    clipcast("broker", "config", "broker", "--federation", "lab", "--ca", "ca", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "broker").iterdir()} == {"mosquitto.conf", "acl"}
+    assert str(tmp_path / "ca") in (tmp_path / "broker" / "mosquitto.conf").read_text()
+    clipcast("broker", "config", "broker", "--federation", "lab", "--ca", "ca", cwd=tmp_path)  # the same again
+    assert (
+        "exists and says something else"
+        in clipcast("broker", "config", "broker", "--port", "1", cwd=tmp_path, code=3).stderr
+    )
+    assert "holds an authority already" in clipcast("ca", "init", "ca", cwd=tmp_path, code=3).stderr
+    assert "cannot be used in a topic" in clipcast("ca", "issue", "a/b", "ca", cwd=tmp_path, code=3).stderr
+    missing = clipcast("broker", "config", "other", "--ca", "elsewhere", cwd=tmp_path).stderr
+    assert "clipcast ca issue broker elsewhere --host HOST" in missing
+
+
+def test_keys_are_made_once_and_devices_are_let_in_and_cut_off(tmp_path: Path) -> None:
+    clipcast("coordinator", "init", "--classes", "cat,dog", cwd=tmp_path)
+    clipcast("client", "init", "--id", "ann", cwd=tmp_path)
+    key = clipcast("client", "key", cwd=tmp_path).stdout.strip()
+    assert clipcast("client", "key", cwd=tmp_path).stdout.strip() == key
+    assert clipcast("coordinator", "key", cwd=tmp_path).stdout.strip() not in ("", key)
+    assert clipcast("device", "list", cwd=tmp_path).stdout == ""
+    clipcast("device", "add", "ann", key, cwd=tmp_path)
+    assert clipcast("device", "list", cwd=tmp_path).stdout == f"ann {key} active\n"
+    clipcast("device", "revoke", "ann", cwd=tmp_path)
+    assert clipcast("device", "list", cwd=tmp_path).stdout == f"ann {key} revoked\n"
+    assert "no device 'bob' is known" in clipcast("device", "revoke", "bob", cwd=tmp_path, code=3).stderr
+    assert "is not a key" in clipcast("device", "add", "bob", "key", cwd=tmp_path, code=3).stderr

@@ -1,0 +1,41 @@
+"""`clipcast broker config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The MQTT broker between coordinator and clients.")
+
+
+@app.command()
+def config(
+    folder: Annotated[Path, typer.Argument(help="The folder to write to.")] = Path("broker"),
+    *,
+    federation: Annotated[str, typer.Option(help="Name of the federation.")] = "lab",
+    ca: Annotated[Path, typer.Option(help="The authority's folder, with the broker's certificate.")] = Path("ca"),
+    server: Annotated[str, typer.Option(help="Name of the broker's certificate there.")] = "broker",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8883,
+) -> None:
+    """Write the configuration that we recommend for Mosquitto: mutual TLS, and access rules by the certificate's name.
+
+    Example: `clipcast broker config broker --federation lab --ca ca`
+    """
+    from coordinator.broker import mosquitto
+    from protocol.files import write_atomic
+    from protocol.settings import SettingsError
+
+    for name, text in mosquitto(federation, folder, ca, server, port).items():
+        path = folder / name
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise SettingsError(f"{path} exists and says something else: move it aside, or name another folder")
+        try:
+            write_atomic(path, text.encode())
+            path.chmod(0o644)
+        except OSError as error:
+            raise SettingsError(f"{folder} cannot be written: {error}") from error
+        typer.echo(f"wrote {path}")
+    if not (ca / f"{server}.pem").exists():
+        typer.echo(f"its certificate is missing: clipcast ca issue {server} {ca} --host HOST", err=True)
