@@ -85,6 +85,11 @@ class Collection:
         hopeless = len(set(self.plan.participants) - (out - self._accepted.keys())) < self._quorum
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
+    def take_back(self, answer: Answer) -> None:
+        """Forget an answer that could not be kept: the update may come again."""
+        self._accepted.pop(answer.client, None)
+        self.refused = [other for other in self.refused if other is not answer]
+
     def give_up(self, client: str) -> None:
         """Wait no longer for a client: it was cut off."""
         self._failed.add(client)

@@ -273,7 +273,12 @@ class Federation:
                 self._end.fetch(client, offer)
             case Answer() as answer:
                 if collection is not None and isinstance(event, UpdateArrived | UpdateUnreadable):
-                    self._store.keep(answer, event.blob if isinstance(event, UpdateArrived) else None)
+                    try:
+                        self._store.keep(answer, event.blob if isinstance(event, UpdateArrived) else None)
+                    except FederationError as error:  # no receipt without it: the client offers it again
+                        log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback
+                        collection.take_back(answer)
+                        return
                 self._reply(answer)
 
     def _reply(self, answer: Answer) -> None:

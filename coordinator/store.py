@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -239,10 +240,14 @@ class Store:
         return Opened(plan, json.loads(row.ranks), accepted, tuple(refused))
 
     def keep(self, answer: Answer, blob: bytes | None) -> None:
-        """Keep the answer to an update, and if it is accepted the update: before the client hears of it. Idempotent."""
+        """Keep the answer to an update, and if it is accepted the update: before the client hears of it. Idempotent.
+
+        Raises FederationError if it cannot be kept: then the client must not hear of it.
+        """
         if answer.verdict.accepted:
             assert blob is not None
-            self.blobs.put(blob)
+            with self._writable():
+                self.blobs.put(blob)
         client, offer, verdict = answer.client, answer.offer, answer.verdict
         with self._journal.writing() as connection:
             if self._verdict(connection, client, offer) is not None:
@@ -313,7 +318,8 @@ class Store:
             if known.text is not None:
                 made[TEXT, str(known.bank.version)] = encode_adapter(known.text)
         made |= {(OWN, client): encode_adapter(known.own[client]) for client in lesson.renewed}
-        digests = {key: self.blobs.put(blob) for key, blob in made.items()}
+        with self._writable():
+            digests = {key: self.blobs.put(blob) for key, blob in made.items()}
         with self._journal.writing() as connection:
             before = self._named(connection)
             connection.execute(delete(KEPT).where(KEPT.c.number == number))
@@ -323,8 +329,19 @@ class Store:
                 connection.execute(update(ROUNDS).where(ROUNDS.c.number == number).values(record=record.model_dump_json()))
             self._prune(connection, number)
             unnamed = before - self._named(connection)
-        for digest in unnamed:
-            self.blobs.remove(digest)
+        with self._writable():
+            for digest in unnamed:
+                self.blobs.remove(digest)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FederationError(
+                f"{self.folder} cannot be written ({error}): make room there; nothing that was kept is lost, and the same "
+                f"command goes on from it"
+            ) from error
 
     def _prune(self, connection: Connection, number: int) -> None:
         """Drop what rounds made before the last `keep_rounds`, but for the initial state and what is still the newest."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from protocol.envelope import COORDINATOR
 from protocol.messages import Name
 from protocol.settings import BrokerSettings, beside, load_settings, model_beside
 from protocol.signing import public_key
@@ -57,6 +58,13 @@ class ClientConfig(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     model: str | None = None
     broker: BrokerSettings = BrokerSettings()
+
+    @field_validator("id")
+    @classmethod
+    def _is_no_coordinator(cls, name: str) -> str:
+        if name == COORDINATOR:
+            raise ValueError(f"{COORDINATOR!r} is the coordinator's name: give this device another id")
+        return name
 
     @field_validator("data")
     @classmethod

@@ -111,7 +111,7 @@ class Gate:
         if len(payload) > MAX_TOKEN:
             raise Refused("too-long", f"{len(payload)} bytes, a manifest has at most {MAX_TOKEN}")
         sender = COORDINATOR if address.direction != "from" else address.client
-        if sender is None or address.federation != self._federation:
+        if sender is None or address.federation != self._federation or address.client == COORDINATOR:
             raise Refused("wrong-topic", f"nobody speaks on {address}")
         key = signer_of(payload)
         self._trust.check(sender, key)

@@ -29,8 +29,10 @@ from clip_lora.algebra import mean_of_factors, mean_of_products, rank_of
 from clip_lora.lora import adapter_shapes, initial_adapter
 from clip_lora.towers import load_config as load_model_config
 from clip_lora.towers import one_thread
+from coordinator.collection import Answer
 from coordinator.config import CoordinatorConfig
 from coordinator.config import load as load_config
+from coordinator.errors import FederationError
 from coordinator.personal import at_rank
 from coordinator.recipe import FederationRecipe
 from coordinator.records import RoundRecord
@@ -629,3 +631,19 @@ def test_a_client_follows_no_other_coordinator_than_its_own(tmp_path: Path) -> N
     assert client.gate.counts["wrong-key"] > 0
     plan_by(CoordinatorEnd("flow", random.Random(3), state=tmp_path / "own"), 3)  # the own one, restarted
     assert [event.plan.round for event in seen if isinstance(event, PlanReady)] == [1, 3]
+
+
+def test_an_update_that_finds_no_room_gets_no_receipt_and_comes_again(
+    calm: Outcome, homes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, refused = Store.keep, []
+
+    def full_at_first(store: Store, answer: Answer, blob: bytes | None) -> None:
+        if len(refused) < 3:
+            refused.append(answer.client)
+            raise FederationError("no room")
+        keep(store, answer, blob)
+
+    monkeypatch.setattr(Store, "keep", full_at_first)
+    check_same(federate(in_memory(), homes, tmp_path / "state").store, calm)
+    assert len(refused) == 3

@@ -224,3 +224,13 @@ def test_what_a_client_wrote_is_told_printable_and_short(expected, arrival, make
     detail = Collection(expected, 1, START).take(event).verdict.detail
     assert detail.isascii()
     assert len(detail) <= 300
+
+
+def test_an_answer_that_could_not_be_kept_is_as_if_it_had_not_been_given(expected, arrival):
+    collection = Collection(expected, 2, START)
+    collection.take_back(collection.take(arrival("ann")))
+    collection.take_back(collection.take(arrival("bob", bad=True)))
+    assert not collection.accepted
+    assert not collection.refused
+    assert collection.take(arrival("ann")).verdict.accepted
+    assert collection.take(arrival("bob")).verdict.accepted

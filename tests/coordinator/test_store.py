@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import itertools
 import os
 import sqlite3
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from clip_lora.lora import initial_adapter
 from coordinator.collection import Answer
@@ -471,12 +474,15 @@ class Cutter:
         for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
             monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
         engine = store._journal._open()
-        event.listen(engine, "commit", lambda _: self._point())
+        event.listen(engine, "commit", lambda _: self._committing())
 
     def _point(self):
         self.count += 1
         if self.count == self.at:
             raise PowerCut
+
+    def _committing(self):
+        self._point()
 
     def _around(self, operation):
         def cut(*args, **kwargs):
@@ -544,3 +550,43 @@ def test_whatever_the_point_of_a_power_cut_the_step_happened_or_did_not_and_can_
     assert at > 1
     assert False in happened
     assert True in happened or step != "finish"  # the others' commit is their last operation
+
+
+class FullDisk(Cutter):
+    """The k-th write finds no room; the next one does."""
+
+    def _point(self):
+        self.count += 1
+        if self.count == self.at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def _committing(self):
+        try:
+            self._point()
+        except OSError as error:  # as SQLite says it
+            raise OperationalError("COMMIT", None, sqlite3.OperationalError("database or disk is full")) from error
+
+
+def test_whichever_write_finds_no_room_nothing_false_is_kept_and_the_next_try_succeeds(
+    tmp_path, plan, answer, history, monkeypatch
+):
+    kept, blob = answer("bob", 1)
+    for at in itertools.count(1):
+        store = Store(tmp_path / f"full-{at}")
+        store.begin(IDENTITY)
+        store.start(history[0])
+        store.open(plan, RANKS)
+        with monkeypatch.context() as patch:
+            disk = FullDisk(patch, store, at)
+            with contextlib.suppress(FederationError):
+                store.keep(kept, blob)
+            if disk.count < at:
+                break
+            assert store.answered("bob", kept.offer) in (None, kept)
+            store.keep(kept, blob)
+        opened = store.opened()
+        assert list(opened.accepted) == ["bob"]
+        assert store.answered("bob", kept.offer) == kept
+        store.close()
+    store.close()
+    assert at > 4

@@ -46,6 +46,7 @@ def test_a_signed_manifest_on_its_own_topic_is_let_in(gate):
     [
         (TOPICS.from_("a", "need"), "fed", "b", NEED, "wrong-topic"),
         (TOPICS.from_("a", "need"), "fed", COORDINATOR, NEED, "wrong-topic"),
+        (TOPICS.from_(COORDINATOR, "need"), "fed", COORDINATOR, NEED, "wrong-topic"),
         (TOPICS.from_("a", "need"), "other", "a", NEED, "wrong-topic"),
         (TOPICS.from_("a", "offer"), "fed", "a", NEED, "wrong-topic"),
         (TOPICS.to("a", "need"), "fed", "a", NEED, "wrong-topic"),
