@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -647,3 +648,52 @@ def test_an_update_that_finds_no_room_gets_no_receipt_and_comes_again(
     monkeypatch.setattr(Store, "keep", full_at_first)
     check_same(federate(in_memory(), homes, tmp_path / "state").store, calm)
     assert len(refused) == 3
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_links_that_are_cut_at_any_byte_give_the_same_bits(
+    calm: Outcome,
+    homes: list[Path],
+    mosquitto: Callable[..., str],
+    fault_proxy: Callable[..., Any],
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    """Every connection, the coordinator's too, is cut after 2 to 120 KB; an update has more than 70. Then the links heal."""
+    url = mosquitto()
+    proxy = fault_proxy(urlsplit(url).port, seed=seed, cut_after=(2_000, 120_000))
+    timer = threading.Timer(60.0, proxy.heal)
+    timer.start()
+    try:
+        outcome = federate(over(f"mqtt://127.0.0.1:{proxy.port}"), homes, tmp_path / "state", deadline_s=600)
+    finally:
+        timer.cancel()
+    check_same(outcome.store, calm)
+    assert proxy.cuts > 5
+
+
+def test_a_broker_that_is_killed_again_and_again_loses_no_update(
+    calm: Outcome, homes: list[Path], mosquitto: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It keeps nothing, and dies a second after it is back."""
+    url = mosquitto()
+    port, done, kills = urlsplit(url).port, threading.Event(), []
+
+    def kill() -> None:
+        broker = mosquitto.last  # type: ignore[attr-defined]
+        while not done.wait(0.8) and len(kills) < 8:
+            broker.kill()
+            broker.wait()
+            mosquitto(port=port)
+            broker = mosquitto.last  # type: ignore[attr-defined]
+            kills.append(1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        outcome = federate(over(url), homes, tmp_path / "state", deadline_s=600)
+    finally:
+        done.set()
+        killer.join(30)
+    check_same(outcome.store, calm)
+    assert len(kills) > 1
