@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
@@ -34,10 +34,11 @@ from protocol.messages import (
 from protocol.parcel import Parcel
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, Repeat, Serve, chunk_size
+from protocol.transfer import CHUNK_EXPIRY_S, Repeat, Serve, chunk_size, from_bitmap
 
 log = logging.getLogger(__name__)
 
+SMALLEST_CUT = 4096
 AnyDownload = Download[TextBank] | Download[Adapter]
 
 
@@ -46,6 +47,8 @@ class _Upload:
     parcel: Parcel
     serve: Serve
     repeat: Repeat
+    sent: set[int] = field(default_factory=set)  # chunks given to this connection
+    tried: set[int] = field(default_factory=set)  # those that the last connection was given, until a need tells their fate
 
     @property
     def offer(self) -> Offer:
@@ -66,7 +69,7 @@ class ClientEnd:
         self._signer = Signer() if state is None else Signer.open(state)
         self.gate = Gate(federation, trust or FirstUse(), None if state is None else state / "marks.json")
         self._status = Status(state="online")
-        self._chunk_size = chunk_size(None)
+        self._chunk_size = self._chunk_limit = chunk_size(None)
         self._plan: RoundPlan | None = None
         self._own: dict[str, ClientAdapter] = {}  # by run: the open plan's, and at most one other
         self._announced: tuple[object, ...] | None = None
@@ -134,13 +137,14 @@ class ClientEnd:
             elif upload.repeat.due(now):
                 actions.append(self._manifest("offer", upload.offer))
             for index, data in upload.serve.take(room, now):
+                upload.sent.add(index)
                 topic = self.topics.upload(self._id, upload.offer.blob.sha256, index)
                 actions.append(Publish(topic, data, expiry_s=CHUNK_EXPIRY_S))
         return actions
 
     def _connected(self, max_packet: int | None) -> list[Action]:
         try:
-            self._cut_anew(chunk_size(max_packet))
+            self._cut_anew(min(chunk_size(max_packet), self._chunk_limit))
         except WireError as error:
             raise BusError(
                 f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
@@ -152,6 +156,7 @@ class ClientEnd:
                 actions.append(Subscribe(self.topics.blob_filter(wanted.ref.sha256)))
         if self._upload is not None:
             self._upload.repeat.again()
+            self._upload.tried, self._upload.sent = self._upload.sent, set()
         return [*actions, self._publish_status(self._status)]
 
     def _cut_anew(self, size: int) -> None:
@@ -306,6 +311,17 @@ class ClientEnd:
         if self._upload is not None and need.sha256 == self._upload.offer.blob.sha256:
             self._upload.repeat.answered(now)
             self._upload.serve.need(need.missing, now)
+            self._learn_from(self._upload, from_bitmap(need.missing, self._upload.offer.blob.chunks))
+
+    def _learn_from(self, upload: _Upload, missing: set[int]) -> None:
+        """Cut smaller if a whole connection brought no chunk through: on such a link they are too long."""
+        fruitless = bool(upload.tried) and upload.tried <= missing
+        upload.tried = set()
+        if fruitless and self._chunk_size > SMALLEST_CUT:
+            self._chunk_limit = max(SMALLEST_CUT, self._chunk_size // 2)
+            log.info("no chunk came through: from now on they have %d bytes", self._chunk_limit)
+            self._cut_anew(self._chunk_limit)
+            upload.repeat.again()
 
     def _receipt(self, receipt: Receipt) -> tuple[list[Action], list[ClientEvent]]:
         offer = self._upload.offer if self._upload else None

@@ -383,3 +383,43 @@ def test_no_more_clients_than_allowed_upload_at_a_time_and_all_come_through(new_
 
     network.run(all_arrived)
     assert max(uploading) == 2
+
+
+def asks(network, index: int = 0) -> Delivery:
+    """The coordinator asks for the upload's chunks from `index` on."""
+    ref = network.ends["a"]._upload.offer.blob
+    need = Need(sha256=ref.sha256, missing=to_bitmap(set(range(index, ref.chunks)), ref.chunks))
+    return network.signed("coordinator", TOPICS.to("a", "need"), need)
+
+
+def test_on_a_link_that_brings_no_chunk_through_they_are_cut_smaller(new_network):
+    network = new_network("a")
+    end = network.ends["a"]
+    result = a_result()
+    adapter = {"x.lora_A": np.ones((4, 20_000), np.float32)}
+    end.offer(pack(dataclasses.replace(result, update=dataclasses.replace(result.update, adapter=adapter))))
+    sizes = []
+    for _ in range(7):
+        sizes.append(end._upload.offer.blob.chunk_size)
+        end.handle(asks(network), 1.0)
+        assert end.tick(1.0, 2)
+        end.handle(Connected(None), 2.0)  # the link was lost before a chunk was through
+        end.handle(asks(network), 2.0)
+        assert "offer" in {parse(action.topic).kind for action in end.tick(2.5, 0)} or sizes[-1] == 4096
+        end.handle(Connected(None), 3.0)
+    assert sizes == [65536, 32768, 16384, 8192, 4096, 4096, 4096]
+    end.handle(Connected(None), 4.0)
+    assert end._upload.offer.blob.chunk_size == 4096  # the next connection begins with what was learnt
+
+
+def test_a_connection_that_brought_something_through_changes_no_size(new_network):
+    network = new_network("a", max_packet=SMALL_PACKETS)
+    end = network.ends["a"]
+    end.offer(pack(a_long_result()))
+    size = end._upload.offer.blob.chunk_size
+    for _ in range(3):
+        end.handle(asks(network), 1.0)
+        end.tick(1.0, 4)
+        end.handle(Connected(SMALL_PACKETS), 2.0)
+        end.handle(asks(network, 1), 2.0)  # the first one came
+    assert end._upload.offer.blob.chunk_size == size
