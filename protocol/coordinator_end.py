@@ -291,13 +291,13 @@ class CoordinatorEnd:
             return [UpdateUnreadable(client, state.offer, str(error))]
 
     def _to(self, client: str, manifest: Manifest) -> Publish:
-        data = self._signer.seal(self.topics.federation, COORDINATOR, manifest)
-        return Publish(self.topics.to(client, manifest.kind), data, expiry_s=CHUNK_EXPIRY_S)
+        return Publish(self.topics.to(client, manifest.kind), self._sealed(manifest), expiry_s=CHUNK_EXPIRY_S)
 
     def _announce_own(self, client: str) -> Publish:
-        data = self._signer.seal(self.topics.federation, COORDINATOR, self._own[client])
-        return Publish(self.topics.to(client, ClientAdapter.kind), data, retain=True)
+        return Publish(self.topics.to(client, ClientAdapter.kind), self._sealed(self._own[client]), retain=True)
 
     def _broadcast(self, manifest: Manifest) -> Publish:
-        data = self._signer.seal(self.topics.federation, COORDINATOR, manifest)
-        return Publish(self.topics.broadcast(manifest.kind), data, retain=True)
+        return Publish(self.topics.broadcast(manifest.kind), self._sealed(manifest), retain=True)
+
+    def _sealed(self, manifest: Manifest) -> bytes:
+        return self._signer.seal(self.topics.federation, COORDINATOR, manifest)
