@@ -1,7 +1,7 @@
 """The journal: the tables in which a coordinator keeps what a restart must find, in SQLite or PostgreSQL.
 
 SQLite writes ahead and syncs at every commit (WAL, `synchronous=FULL`): what was committed survives `kill -9` and a power
-cut. The tables are the same on PostgreSQL. Blobs are files (blobs.py); a row names them, and is written after its blobs.
+cut. The tables are the same on PostgreSQL. Blobs are files (protocol/blobs.py); a row names them and is written after them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A federation at rest: what it knew after each round, what the open round has collected, and the record of every round.
 
 state/journal.db     the journal (journal.py), unless `journal` names a database
-state/blobs/         adapters, class banks and the open round's updates, named by their hash (blobs.py)
+state/blobs/         adapters, class banks and the open round's updates, named by their hash (protocol/blobs.py)
 state/lock           held by the coordinator that works here
 
 Every step of a round is one transaction that can be repeated: `open` a plan, `keep` an answer, `finish`. The blobs that it

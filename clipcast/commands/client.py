@@ -1,4 +1,4 @@
-"""`clipcast client init|run`."""
+"""`clipcast client init|run|key`."""
 
 from __future__ import annotations
 

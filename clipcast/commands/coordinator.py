@@ -1,4 +1,4 @@
-"""`clipcast coordinator init|run|rounds`."""
+"""`clipcast coordinator init|run|key|rounds`."""
 
 from __future__ import annotations
 
