@@ -4,13 +4,16 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-method bench-method-quick clean
+.PHONY: demo test test-faults check bench bench-method bench-method-quick clean
 
 demo: $(VENV)/.demo  ## run the whole system on this machine, e.g. make demo ARGS="--clients 2 --rounds 3"
 	$(BIN)/clipcast demo $(ARGS)
 
 test: $(VENV)/.dev  ## everything that needs no GPU
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.dev  ## the full tier of the proofs in tests/faults, at most 75 minutes on two cores
+	$(BIN)/python -m pytest tests/faults --full $(ARGS)
 
 check: $(VENV)/.dev  ## what a contributor runs before a commit
 	$(BIN)/ruff format --check .

@@ -24,6 +24,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from clipcast.demo.broker import embedded_broker
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the full tier of tests/faults, as `make test-faults` runs it")
+
+
 def wait_until(condition: Callable[[], bool], deadline_s: float = 20.0, what: str = "the condition") -> None:
     """Wait for a condition with a deadline; the only way in which tests wait."""
     end = time.monotonic() + deadline_s

@@ -1,0 +1,51 @@
+"""Two tiers of every proof: a quick one inside `make test`, the full one with `make test-faults`. And their score.
+
+A proof prints one line `name value unit target pass`; the full tier keeps the lines in benchmarks/faults/results.json, which
+README.md quotes.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "faults" / "results.json"
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether this is the full tier."""
+    return bool(pytestconfig.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def score(pytestconfig: pytest.Config, full: bool) -> Iterator[Callable[..., None]]:
+    """Note what a proof has measured: `score("R5", "orders of arrival with another hash", 0, "", "0", passed=True)`."""
+    lines: dict[str, dict[str, Any]] = {}
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+
+    def note(proof: str, name: str, value: float, unit: str, target: str, *, passed: bool) -> None:
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        if reporter is not None:
+            reporter.ensure_newline()
+            reporter.write_line(" | ".join((f"{proof} {name}", shown, unit, target, "pass" if passed else "FAIL")))
+        lines[f"{proof} {name}"] = {"value": value, "unit": unit, "target": target, "pass": passed, **_where()}
+        assert passed, f"{proof} {name}: {shown} {unit}, target {target}"
+
+    yield note
+    if full and lines:
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(dict(sorted({**known, **lines}.items())), indent=1) + "\n")
+
+
+def _where() -> dict[str, str]:
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": today}
