@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from protocol.codec import largest_update
 from protocol.messages import Offer, RoundPlan, Update, Verdict
+from protocol.sealing import SEALING_BYTES
 
 ACCEPTED = Verdict(accepted=True)
 UNIT_TOLERANCE = 0.05
@@ -29,6 +31,11 @@ class Expectation:
     starts: Mapping[str, Start]
     width: int
     classes: int
+
+    def most_bytes(self, client: str) -> int:
+        """Return how many bytes this participant's update can have at most, sealed or not."""
+        features = self.plan.recipe.features_per_class
+        return largest_update(self.starts[client].shapes, self.width, self.classes, features) + SEALING_BYTES
 
 
 def rejected(reason: str, detail: str) -> Verdict:
@@ -52,6 +59,9 @@ def check_offer(client: str, offer: Offer, expected: Expectation | None, counted
         )
     if client in counted:
         return rejected("already-counted", "another update of this client was accepted in this round")
+    most = expected.most_bytes(client)
+    if offer.blob.size > most:
+        return rejected("too-large", f"{offer.blob.size} bytes, an update of this round has at most {most}")
     return ACCEPTED
 
 

@@ -107,8 +107,8 @@ class Collection:
                 if verdict.accepted:
                     self._accepted[client] = Contribution(offer, update)
                 return self._answer(Answer(client, offer, verdict))
-            case UpdateUnreadable(client=client, offer=offer, problem=problem):
-                return self._answer(Answer(client, offer, rejected("unreadable", problem)))
+            case UpdateUnreadable(client=client, offer=offer, problem=problem, reason=reason):
+                return self._answer(Answer(client, offer, rejected(reason, problem)))
             case OfferTooLarge(client=client, offer=offer, problem=problem):
                 return self._answer(Answer(client, offer, rejected("too-large", problem)))
             case ClientSeen(client=client, status=Status(phase=phase, round=number)):

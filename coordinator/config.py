@@ -27,6 +27,7 @@ seed = 0
 state = "state"                       # adapters and the journal of every round; a restart continues from here
 # journal = "postgresql+pg8000://clipcast@labserver/clipcast"   # instead of state/journal.db; one database a federation
 # admission = "open"                  # "registered": only devices that `clipcast device add` has let in may take part
+# seal_updates = true                 # only this coordinator can read what devices send; false: the broker can, too
 # uploads_at_once = 8                 # so many clients upload at a time, the others wait with their updates on their disks
 # keep_rounds = 100                   # so many rounds' adapters stay on the disk, and the records of all
 
@@ -87,6 +88,7 @@ class CoordinatorConfig(BaseModel):
     state: Annotated[Path, Field(validate_default=True)] = Path("state")
     journal: str | None = None
     admission: Literal["open", "registered"] = "open"
+    seal_updates: bool = True
     uploads_at_once: Annotated[int, Field(ge=1)] = 8
     keep_rounds: Annotated[int, Field(ge=1)] = 100
     recipe: FederationRecipe = FederationRecipe()

@@ -33,7 +33,7 @@ from coordinator.errors import FederationError
 from protocol.files import lock_folder, make_folder
 
 FILE = "journal.db"
-VERSION = 1
+VERSION = 2
 EXAMPLE = "write e.g. postgresql+pg8000://user@host/name, or leave it out for a file in the state folder"
 
 _tables = MetaData()
@@ -67,8 +67,14 @@ UPDATES = Table(
     Column("accepted", Boolean, nullable=False),
     Column("reason", String(64), nullable=False),
     Column("detail", Text, nullable=False),
+    Column("counts_in", Integer, nullable=False),
+    Column("blob", String(64)),
 )
-"""The answer to each update of a participant. The blob of an accepted one is kept until its round is over."""
+"""The answer to each update of a participant, by the round that it was trained for and the hash that it was offered by.
+
+An accepted one counts in the round `counts_in`, and until that is over it is kept as the blob `blob`: unsealed, if it was
+sealed.
+"""
 
 ONE_ACCEPTED = Index(
     "one_accepted_update",

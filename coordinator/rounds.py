@@ -200,6 +200,7 @@ class Federation:
                 "recipe": phase.recipe,
                 "seed": self._config.seed,
                 "deadline_s": self._config.deadline_s,
+                "seal_to": self._end.seal_to,
             }
         )
         return Expectation(plan, starts, known.bank.embeddings.shape[1], len(known.bank.classes))
@@ -274,7 +275,8 @@ class Federation:
             case Answer() as answer:
                 if collection is not None and isinstance(event, UpdateArrived | UpdateUnreadable):
                     try:
-                        self._store.keep(answer, event.blob if isinstance(event, UpdateArrived) else None)
+                        blob = event.blob if isinstance(event, UpdateArrived) else None
+                        self._store.keep(answer, blob, collection.plan.round)
                     except FederationError as error:  # no receipt without it: the client offers it again
                         log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback
                         collection.take_back(answer)

@@ -212,7 +212,7 @@ class Store:
     def open(self, plan: RoundPlan, ranks: Mapping[str, int]) -> None:
         """Note that a round begins. What an abandoned one of the same number had collected is forgotten."""
         with self._journal.writing() as connection:
-            connection.execute(delete(UPDATES).where(UPDATES.c.number == plan.round))
+            connection.execute(delete(UPDATES).where(UPDATES.c.counts_in == plan.round))
             connection.execute(delete(ROUNDS).where(ROUNDS.c.number == plan.round))
             connection.execute(
                 insert(ROUNDS).values(number=plan.round, plan=plan.model_dump_json(), ranks=json.dumps(dict(ranks)))
@@ -226,28 +226,29 @@ class Store:
             row = connection.execute(select(ROUNDS).where(ROUNDS.c.record.is_(None))).one_or_none()
             if row is None:
                 return None
-            query = select(UPDATES).where(UPDATES.c.number == row.number).order_by(UPDATES.c.client, UPDATES.c.sha256)
+            query = select(UPDATES).where(UPDATES.c.counts_in == row.number).order_by(UPDATES.c.client, UPDATES.c.sha256)
             answers = connection.execute(query).all()
         accepted: dict[str, Contribution] = {}
         refused: list[Answer] = []
         for found in answers:
             offer = _read(Offer, found.offer, self._journal)
             if found.accepted:
-                accepted[found.client] = Contribution(offer, decode_update(self._blob(found.sha256)))
+                accepted[found.client] = Contribution(offer, decode_update(self._blob(found.blob)))
             else:
                 refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
         plan = _read(RoundPlan, row.plan, self._journal)
         return Opened(plan, json.loads(row.ranks), accepted, tuple(refused))
 
-    def keep(self, answer: Answer, blob: bytes | None) -> None:
+    def keep(self, answer: Answer, blob: bytes | None, counts_in: int) -> None:
         """Keep the answer to an update, and if it is accepted the update: before the client hears of it. Idempotent.
 
-        Raises FederationError if it cannot be kept: then the client must not hear of it.
+        It counts in round `counts_in`. Raises FederationError if it cannot be kept: then the client must not hear of it.
         """
+        digest = None
         if answer.verdict.accepted:
             assert blob is not None
             with self._writable():
-                self.blobs.put(blob)
+                digest = self.blobs.put(blob)
         client, offer, verdict = answer.client, answer.offer, answer.verdict
         with self._journal.writing() as connection:
             if self._verdict(connection, client, offer) is not None:
@@ -261,6 +262,8 @@ class Store:
                     accepted=verdict.accepted,
                     reason=verdict.reason,
                     detail=verdict.detail,
+                    counts_in=counts_in,
+                    blob=digest,
                 )
             )
 
@@ -357,7 +360,7 @@ class Store:
     def _named(self, connection: Connection) -> set[str]:
         """Return the hashes of the blobs that are still wanted: what was made, and the open round's accepted updates."""
         open_rounds = select(ROUNDS.c.number).where(ROUNDS.c.record.is_(None))
-        held = select(UPDATES.c.sha256).where(UPDATES.c.accepted, UPDATES.c.number.in_(open_rounds))
+        held = select(UPDATES.c.blob).where(UPDATES.c.accepted, UPDATES.c.counts_in.in_(open_rounds))
         return {*connection.scalars(select(KEPT.c.sha256)), *connection.scalars(held)}
 
 

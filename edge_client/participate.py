@@ -15,7 +15,6 @@ from protocol.errors import WireError
 from protocol.events import ClientEvent
 from protocol.link import Link
 from protocol.messages import TrainingResult
-from protocol.parcel import pack
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def participate(
                     if problem is not None:
                         carry_out(client.failed(str(problem)), link, end)
                         raise problem
-                    steps += trained(client, training.result())
+                    steps += trained(client, end, training.result())
                     training = None
                 for step in steps:
                     if isinstance(step, Train):
@@ -61,10 +60,11 @@ def participate(
             link.bus.close(end.farewell())
 
 
-def trained(client: Participation, result: TrainingResult) -> list[Step]:
+def trained(client: Participation, end: ClientEnd, result: TrainingResult) -> list[Step]:
     """Return what follows from a finished training. One that diverged is told; the next round may do better."""
+    assert client.training is not None
     try:
-        return client.trained(pack(result))
+        return client.trained(end.pack(result, client.training))
     except WireError as error:
         log.error("round %d: nothing to offer: %s", result.round, error)  # noqa: TRY400 - no bug, no traceback
         return client.failed(str(error))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from edge_client.work import Work, work_of
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
-from protocol.messages import Status
+from protocol.messages import RoundPlan, Status
 from protocol.parcel import Parcel
 
 
@@ -51,6 +51,11 @@ class Participation:
         self._training: PlanReady | None = None
         self._done = done
         self._sent_in: int | None = None  # start of the coordinator in which `done` was last offered
+
+    @property
+    def training(self) -> RoundPlan | None:
+        """The plan that is being trained for."""
+        return None if self._training is None else self._training.plan
 
     def on(self, event: ClientEvent) -> list[Step]:
         """Take in an event of the wire."""

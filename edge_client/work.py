@@ -21,5 +21,6 @@ class Work:
 def work_of(ready: PlanReady, *more: object) -> str:
     """Return the hash of all that a training depends on besides the device and its pictures, and of `more`."""
     plan = ready.plan
-    parts = [plan.run, plan.round, plan.classes, ready.base, plan.seed, plan.recipe.model_dump(mode="json"), *more]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    # With another key to seal to, what was sealed before is of no use: it counts as another training.
+    parts = [plan.run, plan.round, plan.classes, ready.base, plan.seed, plan.recipe.model_dump(mode="json"), plan.seal_to]
+    return hashlib.sha256(json.dumps([*parts, *more], sort_keys=True).encode()).hexdigest()

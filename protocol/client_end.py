@@ -30,8 +30,10 @@ from protocol.messages import (
     RoundPlan,
     Status,
     TextBank,
+    TrainingResult,
 )
-from protocol.parcel import Parcel
+from protocol.parcel import Parcel, pack
+from protocol.sealing import purpose, seal
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
 from protocol.transfer import CHUNK_EXPIRY_S, Repeat, Serve, chunk_size, from_bitmap
@@ -90,11 +92,14 @@ class ClientEnd:
         self._status = status
         return [self._publish_status(status)]
 
+    def pack(self, result: TrainingResult, plan: RoundPlan) -> Parcel:
+        """Pack what this client trained for a plan, sealed if the plan asks for it; raises WireError."""
+        key, info = plan.seal_to, purpose(self.topics.federation, self._id, plan.run, result.round)
+        return pack(result, plan.run, None if key is None else lambda blob: seal(blob, key, info))
+
     def offer(self, parcel: Parcel) -> list[Action]:
         """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if too large."""
-        counted = parcel.offer.model_copy(
-            update={"bytes_received": self.bytes_received, "run": self._plan and self._plan.run}
-        )
+        counted = parcel.offer.model_copy(update={"bytes_received": self.bytes_received})
         cut = Parcel(counted, parcel.blob).cut(self._chunk_size)
         self._upload = _Upload(cut, Serve(cut.blob, cut.offer.blob), Repeat(self._rng))
         self.bytes_received = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from protocol.messages import CHUNK_SIZE, Adapter, BlobRef, FloatArray, TextBank
 Array = NDArray[Any]
 MAX_HEADER = 1024 * 1024
 INT8_STEPS = 127
+HEADER_ENTRY, HEADER_REST = 160, 4096  # of a safetensors header: a tensor's entry besides its name, and all else
 
 
 def sha256(data: bytes) -> str:
@@ -116,6 +118,15 @@ def encode_update(update: Update) -> bytes:
         "labels": update.labels.astype(np.int32),
     }
     return _encode(arrays, {"type": "update"})
+
+
+def largest_update(shapes: Mapping[str, tuple[int, ...]], width: int, classes: int, features_per_class: int) -> int:
+    """Return an upper bound in bytes of the blob of an update with factors of these shapes; `width` is that of features."""
+    factors = sum(2 * math.prod(shape) for shape in shapes.values())
+    prototypes = classes * (2 * width + 3 * 4)
+    features = classes * features_per_class * (width + 2 * 4)
+    names = sum(len(json.dumps(name)) + HEADER_ENTRY for name in shapes)
+    return factors + prototypes + features + names + HEADER_REST
 
 
 def decode_update(blob: bytes) -> Update:

@@ -42,6 +42,7 @@ from protocol.messages import (
     Verdict,
 )
 from protocol.partial import FilePartials, MemoryPartials, Partials
+from protocol.sealing import Unsealer, purpose
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
 from protocol.transfer import CHUNK_EXPIRY_S, NEED_S, Fetch, Repeat, Serve, chunk_size
@@ -68,7 +69,8 @@ class CoordinatorEnd:
     """The coordinator's side of the protocol. All methods return the actions that the bus should carry out.
 
     Of at most `uploads_at_once` clients it takes an upload at a time; the others wait, with their updates on their disks.
-    With a folder `state`, what has arrived of an upload survives a restart.
+    With a folder `state`, what has arrived of an upload survives a restart. With `seal_updates` it takes only updates that
+    were sealed to its key, which the plan has to name.
     """
 
     def __init__(
@@ -80,12 +82,16 @@ class CoordinatorEnd:
         uploads_at_once: int = UPLOADS_AT_ONCE,
         state: Path | None = None,
         trust: Trust | None = None,
+        seal_updates: bool = False,
     ) -> None:
         self.topics = Topics(federation)
         self.bytes_up: Counter[str] = Counter()
         self._rng = rng
         self._signer = Signer() if state is None else Signer.open(state)
         self.gate = Gate(federation, trust or FirstUse())
+        self._unsealer = None
+        if seal_updates:
+            self._unsealer = Unsealer() if state is None else Unsealer.open(state)
         self._max_update = max_update_bytes
         self._chunk_size = chunk_size(None)
         self._retained: dict[str, Manifest] = {}
@@ -94,6 +100,11 @@ class CoordinatorEnd:
         self._clients: dict[str, _Client] = {}
         self._turns = Turns(uploads_at_once)
         self._partials: Partials = MemoryPartials() if state is None else FilePartials(state / "partial")
+
+    @property
+    def seal_to(self) -> str | None:
+        """The public key that updates must be sealed to, None if they travel open."""
+        return None if self._unsealer is None else self._unsealer.public
 
     def publish_bank(self, bank: TextBank) -> tuple[BlobRef, list[Action]]:
         """Announce a class bank, retained, and serve its blob from now on."""
@@ -285,10 +296,18 @@ class CoordinatorEnd:
             return []
         state.fetch.partial.clear()
         state.fetch = None
+        return [self._opened(client, state.offer, blob)]
+
+    def _opened(self, client: str, offer: Offer, blob: bytes) -> CoordinatorEvent:
+        if self._unsealer is not None:
+            try:
+                blob = self._unsealer.unseal(blob, purpose(self.topics.federation, client, offer.run, offer.round))
+            except WireError as error:
+                return UpdateUnreadable(client, offer, str(error), "not-sealed")
         try:
-            return [UpdateArrived(client, state.offer, decode_update(blob), blob)]
+            return UpdateArrived(client, offer, decode_update(blob), blob)
         except WireError as error:
-            return [UpdateUnreadable(client, state.offer, str(error))]
+            return UpdateUnreadable(client, offer, str(error))
 
     def _to(self, client: str, manifest: Manifest) -> Publish:
         return Publish(self.topics.to(client, manifest.kind), self._sealed(manifest), expiry_s=CHUNK_EXPIRY_S)

@@ -74,7 +74,7 @@ class OfferMade:
 
 @dataclass(frozen=True)
 class UpdateArrived:
-    """An upload is complete and its hash is right; `blob` is what the hash is of."""
+    """An upload is complete and its hash is right; `blob` is the update as it was sealed, or sent if it was not."""
 
     client: str
     offer: Offer
@@ -84,11 +84,12 @@ class UpdateArrived:
 
 @dataclass(frozen=True)
 class UpdateUnreadable:
-    """An upload is complete but cannot be read."""
+    """An upload is complete but cannot be read; `reason` is the verdict (docs/operations.md)."""
 
     client: str
     offer: Offer
     problem: str
+    reason: str = "unreadable"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ MAX_CHUNKS = 32_768  # a bitmap of so many bits, in hex, fits a manifest
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
 Text = Annotated[str, Field(max_length=500)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -104,7 +105,8 @@ class RoundPlan(Manifest):
     `run` names one run of the federation, from its first round to its last, restarts of the coordinator included; within
     it rounds only rise. `start` counts the coordinator's starts: what an earlier one accepted must
     be offered again. `classes` is the hash of the bank to train against. `adapter` is the global adapter; if
-    `individual`, each participant starts from an adapter of its own instead, which a `ClientAdapter` names.
+    `individual`, each participant starts from an adapter of its own instead, which a `ClientAdapter` names. With `seal_to`
+    updates are sealed to that public key (sealing.py).
     """
 
     kind: ClassVar[str] = "round"
@@ -119,6 +121,7 @@ class RoundPlan(Manifest):
     recipe: Recipe
     seed: Count
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    seal_to: Key | None = None
 
 
 class ClientAdapter(Manifest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -23,11 +24,13 @@ class Parcel:
         return Parcel(self.offer.model_copy(update={"blob": reference(self.blob, chunk_size)}), self.blob)
 
 
-def pack(result: TrainingResult) -> Parcel:
-    """Pack a result; raises WireError if it is not finite, as after a training that diverged."""
+def pack(result: TrainingResult, run: str | None = None, seal: Callable[[bytes], bytes] | None = None) -> Parcel:
+    """Pack a result of a run, sealed by `seal`; raises WireError if it is not finite, as after a training that diverged."""
     blob = encode_update(result.update)
+    blob = blob if seal is None else seal(blob)
     try:
         offer = Offer(
+            run=run,
             round=result.round,
             base=result.base,
             blob=reference(blob),

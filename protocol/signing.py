@@ -10,11 +10,12 @@ import base64
 import binascii
 import contextlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from jwt.api_jws import PyJWS
 from jwt.exceptions import PyJWTError
 
@@ -27,6 +28,8 @@ ALGORITHM = "EdDSA"
 MAX_TOKEN = (MAX_MANIFEST + 2) // 3 * 4 + 512
 KEY_BYTES = 32
 RESERVED = 1000
+
+PrivateKey = TypeVar("PrivateKey", Ed25519PrivateKey, X25519PrivateKey)
 
 _jws = PyJWS(algorithms=[ALGORITHM])
 
@@ -122,13 +125,18 @@ def opened(token: bytes, key: str) -> bytes:
 
 def public_key(text: str) -> Ed25519PublicKey:
     """Read a public key as it is written in settings and tokens; raises ValueError."""
+    return Ed25519PublicKey.from_public_bytes(key_bytes(text))
+
+
+def key_bytes(text: str) -> bytes:
+    """Return the 32 bytes of a public key from its text; raises ValueError."""
     try:
         data = base64.b64decode(text + "=", b"-_", validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{text[:64]!r} is not a key in base64url") from error
     if len(data) != KEY_BYTES or key_bytes_text(data) != text:
         raise ValueError(f"{text[:64]!r} is not a key of {KEY_BYTES} bytes in base64url")
-    return Ed25519PublicKey.from_public_bytes(data)
+    return data
 
 
 def key_text(key: Ed25519PublicKey) -> str:
@@ -142,11 +150,16 @@ def key_bytes_text(data: bytes) -> str:
 
 
 def private_key(path: Path) -> Ed25519PrivateKey:
+    """Read a private key that signs, or make it; raises KeyFileError."""
+    return key_file(path, Ed25519PrivateKey)  # type: ignore[type-abstract]
+
+
+def key_file(path: Path, kind: type[PrivateKey]) -> PrivateKey:
     """Read a private key (PEM, PKCS 8), or make it, readable by its owner alone; raises KeyFileError."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except FileNotFoundError:
-        made = Ed25519PrivateKey.generate()
+        made = kind.generate()
         how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         try:
             write_atomic(path, made.private_bytes(*how))  # mkstemp makes it 0600
@@ -155,8 +168,8 @@ def private_key(path: Path) -> Ed25519PrivateKey:
         return made
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise KeyFileError(f"{path} cannot be read as a key: {error}. Restore it from a backup") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError(f"{path} holds another kind of key than Ed25519")
+    if not isinstance(key, kind):
+        raise KeyFileError(f"{path} holds another kind of key than {kind.__name__.removesuffix('PrivateKey')}")
     with contextlib.suppress(OSError):
         path.chmod(0o600)
     return key

@@ -166,10 +166,10 @@ def take_part(
 def coordinate(connect: Connect, state: Path, **settings: object) -> Outcome:
     """Run a coordinator as it would run alone, from its first round to its last."""
     fields = {"federation": "flow", "classes": CLASSES, "rounds": 2, "deadline_s": 60, "seed": 7, "recipe": RECIPE}
-    config = CoordinatorConfig.model_validate({**fields, "state": state, **settings})
+    config = CoordinatorConfig.model_validate({**fields, "seal_updates": False, "state": state, **settings})
     bus = connect("coordinator", None)
     try:
-        end = CoordinatorEnd("flow", random.Random(0))
+        end = CoordinatorEnd("flow", random.Random(0), seal_updates=config.seal_updates)
         bank = make_bank(config.model, config.classes, config.templates)
         store = Store(state)
         records, after = [], []
@@ -310,6 +310,10 @@ def check_same(store: Store, calm: Outcome) -> None:
 
 def test_the_embedded_broker_gives_the_same_bits(calm: Outcome, homes: list[Path], embedded: str, tmp_path: Path) -> None:
     check_same(federate(over(embedded), homes, tmp_path / "state").store, calm)
+
+
+def test_sealed_updates_give_the_same_bits(calm: Outcome, homes: list[Path], tmp_path: Path) -> None:
+    check_same(federate(in_memory(), homes, tmp_path / "state", seal_updates=True).store, calm)
 
 
 @pytest.mark.parametrize("limits", [(), ("max_packet_size 2000000",), ("max_packet_size 3000",)])
@@ -639,11 +643,11 @@ def test_an_update_that_finds_no_room_gets_no_receipt_and_comes_again(
 ) -> None:
     keep, refused = Store.keep, []
 
-    def full_at_first(store: Store, answer: Answer, blob: bytes | None) -> None:
+    def full_at_first(store: Store, answer: Answer, blob: bytes | None, counts_in: int) -> None:
         if len(refused) < 3:
             refused.append(answer.client)
             raise FederationError("no room")
-        keep(store, answer, blob)
+        keep(store, answer, blob, counts_in)
 
     monkeypatch.setattr(Store, "keep", full_at_first)
     check_same(federate(in_memory(), homes, tmp_path / "state").store, calm)

@@ -74,6 +74,7 @@ def run(
             uploads_at_once=config.uploads_at_once,
             state=config.state,
             trust=devices,
+            seal_updates=config.seal_updates,
         )
         bank = make_bank(config.model, config.classes, config.templates)
         for record in Federation(config, bank, Link(bus, end), end, store, devices).run():

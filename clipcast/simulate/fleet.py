@@ -91,7 +91,7 @@ class Fleet:
         self.clock.exclude(started)
         for future in sorted(done, key=lambda future: self._training[future].name):
             client = self._training.pop(future)
-            steps = trained(client.part, future.result())
+            steps = trained(client.part, client.end, future.result())
             self._waiting.extend((client, ready) for ready in client.carry_out(steps))
 
 

@@ -167,6 +167,16 @@ def test_a_second_offer_of_a_counted_client_is_refused(make_update, make_offer, 
     assert check_offer("ann", make_offer(make_update()), expected, {"ann", "bob"}).reason == "already-counted"
 
 
+def test_an_offer_larger_than_any_update_of_the_round_is_refused_before_it_travels(make_update, make_offer, expected):
+    offer = make_offer(make_update())
+    most = expected.most_bytes("ann")
+    assert offer.blob.size < most
+    larger = {**offer.blob.model_dump(), "size": most + 1}
+    verdict = check_offer("ann", make_offer(make_update(), blob=larger), expected, ())
+    assert (verdict.reason, str(most) in verdict.detail) == ("too-large", True)
+    assert check_offer("ann", make_offer(make_update(), blob={**larger, "size": most}), expected, ()).accepted
+
+
 def test_how_many_of_a_class_are_correct_may_be_none_or_all(make_update, expected):
     counts = make_update().prototype_counts
     for correct in (counts * 0, counts):

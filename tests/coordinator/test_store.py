@@ -297,7 +297,7 @@ def test_a_database_that_is_not_supported_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
-    [("UPDATE run SET version = 99", "version 99, this clipcast reads 1"), ("UPDATE run SET about = '{'", "damaged Run")],
+    [("UPDATE run SET version = 99", "version 99, this clipcast reads 2"), ("UPDATE run SET about = '{'", "damaged Run")],
 )
 def test_a_journal_that_cannot_be_read_is_refused(tmp_path, damage, sentence):
     store = Store(tmp_path)
@@ -331,8 +331,8 @@ def test_a_round_that_is_interrupted_is_found_with_all_that_was_answered(after_t
     after_two_rounds.open(plan, RANKS)
     accepted, blob = answer("bob", 1)
     refused, _ = answer("ann", 2, "not-finite")
-    after_two_rounds.keep(accepted, blob)
-    after_two_rounds.keep(refused, None)
+    after_two_rounds.keep(accepted, blob, 3)
+    after_two_rounds.keep(refused, None, 3)
     opened = new_store().opened()
     assert (opened.plan, opened.ranks, opened.refused) == (plan, RANKS, (refused,))
     assert opened.accepted.keys() == {"bob"}
@@ -357,7 +357,7 @@ def test_the_answer_to_an_update_is_found_again_after_its_round_and_a_restart(
     kept = [answer("bob", 1), answer("ann", 2, "not-finite")]
     after_two_rounds.open(plan, RANKS)
     for one, blob in kept:
-        after_two_rounds.keep(one, blob)
+        after_two_rounds.keep(one, blob, 3)
     after_two_rounds.finish(record(3, history[2]), history[2], NO_LESSON)
     store = new_store()
     for one, _ in kept:
@@ -371,25 +371,25 @@ def test_the_answer_to_an_update_is_found_again_after_its_round_and_a_restart(
 def test_an_answer_is_kept_once_and_as_it_was_first_given(after_two_rounds, plan, answer):
     after_two_rounds.open(plan, RANKS)
     first, blob = answer("bob", 1)
-    after_two_rounds.keep(first, blob)
-    after_two_rounds.keep(dataclasses.replace(first, verdict=Verdict(False, "not-finite", "x")), None)
-    after_two_rounds.keep(first, blob)
+    after_two_rounds.keep(first, blob, 3)
+    after_two_rounds.keep(dataclasses.replace(first, verdict=Verdict(False, "not-finite", "x")), None, 3)
+    after_two_rounds.keep(first, blob, 3)
     assert after_two_rounds.answered("bob", first.offer) == first
     assert list(after_two_rounds.opened().accepted) == ["bob"]
 
 
 def test_the_journal_itself_refuses_to_count_a_client_twice(after_two_rounds, plan, answer):
     after_two_rounds.open(plan, RANKS)
-    after_two_rounds.keep(*answer("bob", 1))
+    after_two_rounds.keep(*answer("bob", 1), 3)
     with pytest.raises(FederationError, match="the journal"):
-        after_two_rounds.keep(*answer("bob", 2))
+        after_two_rounds.keep(*answer("bob", 2), 3)
     assert len(after_two_rounds.opened().accepted) == 1
 
 
 def test_a_round_that_begins_anew_forgets_what_it_had(after_two_rounds, plan, answer):
     after_two_rounds.open(plan, RANKS)
     kept, blob = answer("bob", 1)
-    after_two_rounds.keep(kept, blob)
+    after_two_rounds.keep(kept, blob, 3)
     after_two_rounds.open(plan, {"ann": 2})
     assert after_two_rounds.opened().accepted == {}
     assert after_two_rounds.opened().ranks == {"ann": 2}
@@ -399,7 +399,7 @@ def test_a_round_that_begins_anew_forgets_what_it_had(after_two_rounds, plan, an
 def test_an_update_stays_on_the_disk_until_its_round_is_over(after_two_rounds, plan, answer, history):
     kept, blob = answer("bob", 1)
     after_two_rounds.open(plan, RANKS)
-    after_two_rounds.keep(kept, blob)
+    after_two_rounds.keep(kept, blob, 3)
     assert blob_of(after_two_rounds, blob).read_bytes() == blob
     after_two_rounds.finish(record(3, history[2]), history[2], NO_LESSON)
     assert not blob_of(after_two_rounds, blob).exists()
@@ -503,7 +503,7 @@ def test_whatever_the_point_of_a_power_cut_the_step_happened_or_did_not_and_can_
     steps = {
         "start": lambda store: store.start(history[0]),
         "open": lambda store: store.open(plan, RANKS),
-        "keep": lambda store: store.keep(kept, blob),
+        "keep": lambda store: store.keep(kept, blob, 3),
         "finish": lambda store: store.finish(
             record(plan.round, history[1], ["ann", "bob"]), history[1], lesson_of("ann", "bob")
         ),
@@ -579,11 +579,11 @@ def test_whichever_write_finds_no_room_nothing_false_is_kept_and_the_next_try_su
         with monkeypatch.context() as patch:
             disk = FullDisk(patch, store, at)
             with contextlib.suppress(FederationError):
-                store.keep(kept, blob)
+                store.keep(kept, blob, 3)
             if disk.count < at:
                 break
             assert store.answered("bob", kept.offer) in (None, kept)
-            store.keep(kept, blob)
+            store.keep(kept, blob, 3)
         opened = store.opened()
         assert list(opened.accepted) == ["bob"]
         assert store.answered("bob", kept.offer) == kept

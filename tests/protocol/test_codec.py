@@ -20,6 +20,7 @@ from protocol.codec import (
     encode_adapter,
     encode_bank,
     encode_update,
+    largest_update,
     reference,
     sha256,
 )
@@ -132,6 +133,24 @@ def test_equal_records_in_another_order_give_equal_bytes(update, rng):
 def test_what_was_decoded_encodes_to_the_same_bytes():
     assert encode_adapter(decode_adapter(BLOBS["adapter"])) == BLOBS["adapter"]
     assert encode_bank(decode_bank(BLOBS["bank"])) == BLOBS["bank"]
+
+
+@given(updates())
+@settings(deadline=None)
+def test_no_update_is_larger_than_the_largest_of_its_shapes(update):
+    shapes = {name: array.shape for name, array in update.adapter.items()}
+    most = int(np.bincount(np.unique(update.labels, return_inverse=True)[1], minlength=1).max())
+    classes = max(len(update.prototypes), len(np.unique(update.labels)))
+    bound = largest_update(shapes, max(update.prototypes.shape[1], update.features.shape[1]), classes, most)
+    assert len(encode_update(update)) <= bound
+
+
+def test_the_largest_update_is_hardly_larger_than_a_full_one():
+    shapes = {f"model.layers.{i}.self_attn.q_proj.lora_{f}": (4, 768) for i in range(12) for f in "AB"}
+    rows, labels = np.full((160, 512), 512**-0.5, np.float32), np.repeat(np.arange(10, dtype=np.int32), 16)
+    ten = np.arange(10, dtype=np.int32)
+    update = Update({n: np.ones(s, np.float32) for n, s in shapes.items()}, rows[:10], ten, ten, ten, rows, labels)
+    assert largest_update(shapes, 512, 10, 16) - len(encode_update(update)) < 8192
 
 
 def test_a_reference_names_hash_size_and_the_last_shorter_chunk():

@@ -32,6 +32,7 @@ from protocol.messages import (
     Verdict,
 )
 from protocol.parcel import Parcel, pack
+from protocol.sealing import SEALING_BYTES, Unsealer
 from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
 from protocol.transfer import to_bitmap
@@ -245,6 +246,48 @@ def test_an_upload_that_cannot_be_read_is_reported_once(new_network):
     network.pass_time(20.0)
     (event,) = network.seen("coordinator", UpdateUnreadable)
     assert (event.client, event.offer.blob.sha256) == ("a", reference(blob).sha256)
+
+
+def sealed_round(network, client: str):
+    """Open a round whose plan asks for sealed updates; return that client's plan."""
+    coordinator = network.ends["coordinator"]
+    bank_ref, actions = coordinator.publish_bank(a_bank())
+    network.do("coordinator", actions)
+    plan = a_plan(coordinator.serve_adapter(an_adapter()), bank_ref).model_copy(update={"seal_to": coordinator.seal_to})
+    network.do("coordinator", coordinator.publish_plan(plan))
+    network.run(lambda: network.seen(client, PlanReady))
+    return network.seen(client, PlanReady)[0].plan
+
+
+def test_a_sealed_update_is_read_by_the_coordinator_alone(new_network):
+    network = new_network("a", max_packet=SMALL_PACKETS, seal_updates=True)
+    result, end = a_long_result(), network.ends["a"]
+    plan = sealed_round(network, "a")
+    assert plan.seal_to == network.ends["coordinator"].seal_to is not None
+    network.do("a", end.offer(end.pack(result, plan)))
+    network.run(lambda: network.seen("coordinator", UpdateArrived))
+    (arrived,) = network.seen("coordinator", UpdateArrived)
+    assert arrived.blob == encode_update(result.update) == encode_update(arrived.update)
+    assert arrived.offer.blob.size == len(arrived.blob) + SEALING_BYTES
+    travelled = b"".join(m.payload for m in network.published if parse(m.topic).direction == "from")
+    assert arrived.blob[:64] not in travelled
+    assert arrived.blob[-64:] not in travelled
+
+
+@pytest.mark.parametrize("forged", ["open", "another round", "another key"])
+def test_what_is_not_sealed_to_the_plan_s_key_is_reported(new_network, forged):
+    network = new_network("a", seal_updates=True)
+    end, plan = network.ends["a"], sealed_round(network, "a")
+    wrong = {
+        "open": plan.model_copy(update={"seal_to": None}),
+        "another round": plan,
+        "another key": plan.model_copy(update={"seal_to": Unsealer().public}),
+    }[forged]
+    parcel = end.pack(a_result(2 if forged == "another round" else 1), wrong)
+    network.do("a", end.offer(Parcel(parcel.offer.model_copy(update={"round": 1}), parcel.blob)))
+    network.run(lambda: network.seen("coordinator", UpdateUnreadable))
+    (unreadable,) = network.seen("coordinator", UpdateUnreadable)
+    assert unreadable.reason == "not-sealed"
 
 
 def test_a_repeated_offer_gets_the_same_receipt_again_and_is_not_fetched_twice(new_network):
