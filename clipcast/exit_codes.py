@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 BUG, USAGE = 1, 2
-SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, DEMO = 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
+SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, DEMO, SHUT_OUT = (
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+)
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
@@ -16,6 +28,7 @@ CODES = {
     "edge_client.errors.UnfitPlanError": MODEL,
     "edge_client.errors.DataError": DATA,
     "edge_client.errors.StateError": SETTINGS,
+    "edge_client.errors.ShutOutError": SHUT_OUT,
     "coordinator.errors.FederationError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,

@@ -38,6 +38,12 @@ class Devices:
                 raise Refused("unknown-device", f"{sender} is not registered: `clipcast device add {sender} {key}` would")
         elif known.revoked:
             raise Refused("revoked", f"{sender} was revoked")
+        elif known.quarantined:
+            raise Refused(
+                "quarantined",
+                f"two devices have used {sender} and its key at the same time: when one of them is switched off, or has an "
+                f"id and a state of its own, `clipcast device add {sender} {key}` lets the other one in again",
+            )
         elif known.key != key:
             raise Refused(
                 "wrong-key",
@@ -51,6 +57,11 @@ class Devices:
             self._store.add_device(sender, key, replace=False)
             self._known = self._store.devices()
             log.info("new device %s with key %s", sender, key)
+
+    def quarantine(self, client: str) -> None:
+        """Shut a device out until it is added again."""
+        self._store.quarantine_device(client)
+        self._known = self._store.devices()
 
     def refresh(self) -> set[str]:
         """Read the table again if it is time; return the devices that were revoked or replaced meanwhile."""

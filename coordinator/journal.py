@@ -103,8 +103,12 @@ DEVICES = Table(
     Column("client", String(128), primary_key=True),
     Column("key", String(64), nullable=False),
     Column("revoked", Boolean, nullable=False),
+    Column("quarantined", Boolean, nullable=False),
 )
-"""The devices that are known, each with its public key (protocol/signing.py)."""
+"""The devices that are known, each with its public key (protocol/signing.py).
+
+Quarantined is one whose name and key two devices use at the same time (protocol/instances.py).
+"""
 
 
 class Journal:

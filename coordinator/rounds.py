@@ -21,7 +21,7 @@ from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord,
 from coordinator.store import Opened, Store
 from protocol.codec import encode_adapter, sha256
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.events import BrokerLink, ClientSeen, CoordinatorEvent, OfferMade, UpdateArrived, UpdateUnreadable
+from protocol.events import BrokerLink, ClientSeen, Cloned, CoordinatorEvent, OfferMade, UpdateArrived, UpdateUnreadable
 from protocol.link import Link
 from protocol.messages import Recipe, RoundPlan, Status, TextBank
 
@@ -246,7 +246,20 @@ class Federation:
             if collection is not None:
                 collection.give_up(client)
             events = [event for event in events if getattr(event, "client", None) != client]
+        for client in {event.client for event in events if isinstance(event, Cloned)}:
+            self._shut_out(client, collection)
         return events
+
+    def _shut_out(self, client: str, collection: Collection | None) -> None:
+        """Take nothing more from two devices of one name; what was accepted before stays."""
+        if client in self._online:
+            log.error("two devices speak as %s with one key: both are shut out (`clipcast device list`)", client)
+        if self._devices is not None:
+            self._devices.quarantine(client)
+        self._online.pop(client, None)
+        self._end.give_up(client)
+        if collection is not None:
+            collection.give_up(client)
 
     def _notice(self, event: CoordinatorEvent) -> None:
         """Keep the roster, and tell the operator what matters."""

@@ -42,10 +42,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Device:
-    """A device that is known: its public key, and whether it was cut off."""
+    """A device that is known: its public key, whether it was cut off, or is shut out because two devices use its name."""
 
     key: str
     revoked: bool
+    quarantined: bool = False
 
 
 @dataclass(frozen=True)
@@ -286,17 +287,18 @@ class Store:
             if connection is None:
                 return {}
             rows = connection.execute(select(DEVICES).order_by(DEVICES.c.client)).all()
-        return {row.client: Device(row.key, row.revoked) for row in rows}
+        return {row.client: Device(row.key, row.revoked, row.quarantined) for row in rows}
 
     def add_device(self, client: str, key: str, *, replace: bool = True) -> None:
-        """Register a device, also while a coordinator is at work; with `replace` a known name gets this key, unrevoked."""
+        """Register a device, also while a coordinator is at work; `replace` gives a known one this key, and lets it in."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
             known = connection.scalar(select(DEVICES.c.key).where(DEVICES.c.client == client))
             if known is None:
-                connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False))
+                connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
             elif replace:
-                connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(key=key, revoked=False))
+                anew = update(DEVICES).where(DEVICES.c.client == client)
+                connection.execute(anew.values(key=key, revoked=False, quarantined=False))
 
     def revoke_device(self, client: str) -> bool:
         """Cut a device off, also while a coordinator is at work; return whether it was known."""
@@ -304,6 +306,11 @@ class Store:
         with self._journal.writing() as connection:
             done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
         return done.rowcount > 0
+
+    def quarantine_device(self, client: str) -> None:
+        """Shut a device out until it is added again."""
+        with self._journal.writing() as connection:
+            connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(quarantined=True))
 
     def prepare(self) -> None:
         """Take the folder for this coordinator; raises FederationError if another one is at work there."""

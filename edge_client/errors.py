@@ -15,5 +15,9 @@ class InferenceError(RuntimeError):
     """An ONNX file or a picture that cannot be used for inference."""
 
 
+class ShutOutError(RuntimeError):
+    """The coordinator takes nothing more from this device: another one speaks under its name, with its key."""
+
+
 class StateError(RuntimeError):
     """A state folder that this client cannot have: another one is at work there, or it cannot be written."""

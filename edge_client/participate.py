@@ -6,13 +6,14 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from edge_client.errors import ShutOutError
 from edge_client.outbox import Outbox
-from edge_client.participation import Announce, Participation, Send, Step, Train, Withdraw
+from edge_client.participation import Announce, Leave, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
 from edge_client.work import Work
 from protocol.client_end import ClientEnd
 from protocol.errors import WireError
-from protocol.events import ClientEvent
+from protocol.events import ClientEvent, LinkChanged, Noticed
 from protocol.link import Link
 from protocol.messages import TrainingResult
 
@@ -39,7 +40,7 @@ def participate(
             while not stop.is_set():
                 steps: list[Step] = []
                 for event in link.poll(POLL_S):
-                    log.debug("%s", event)
+                    tell(event)
                     steps += client.on(event)
                 if training is not None and training.done():
                     problem = training.exception()
@@ -58,6 +59,17 @@ def participate(
         finally:
             stop.set()
             link.bus.close(end.farewell())
+
+
+def tell(event: ClientEvent) -> None:
+    """Tell the operator what matters."""
+    match event:
+        case LinkChanged(up=False, reason=reason):
+            log.warning("lost the broker (%s), connecting again", reason)
+        case Noticed(notice=notice):
+            log.warning("the coordinator says: %s (%s)", notice.detail, notice.reason)
+        case _:
+            log.debug("%s", event)
 
 
 def trained(client: Participation, end: ClientEnd, result: TrainingResult) -> list[Step]:
@@ -85,6 +97,8 @@ def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox
             case Announce(status=status):
                 log.info("%s %s", status.phase, status.detail)
                 link.do(end.announce(status))
+            case Leave(problem=problem):
+                raise ShutOutError(problem)
             case Train():
                 pass
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_client.work import Work, work_of
-from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
+from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
 from protocol.messages import RoundPlan, Status
 from protocol.parcel import Parcel
 
@@ -36,7 +36,15 @@ class Announce:
     status: Status
 
 
-Step = Train | Send | Withdraw | Announce
+@dataclass(frozen=True)
+class Leave:
+    """Take part no more: the coordinator has shut this device out."""
+
+    problem: str
+
+
+SHUT_OUT = ("cloned", "quarantined")
+Step = Train | Send | Withdraw | Announce | Leave
 
 
 class Participation:
@@ -73,6 +81,8 @@ class Participation:
                 return [self._announce("waiting", receipt.round, f"update {verdict}"[:500])]
             case Unreadable(problem=problem):
                 return [self._announce("failed", None, f"{problem}: the same clipcast on both sides?"[:500])]
+            case Noticed(notice=notice):
+                return [Leave(notice.detail)] if notice.reason in SHUT_OUT else []
             case LinkChanged():
                 return []
 

@@ -16,7 +16,7 @@ from protocol.codec import decode_adapter, decode_bank
 from protocol.download import Download, Shelf
 from protocol.envelope import expect
 from protocol.errors import BusError, Refused, WireError
-from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
+from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
 from protocol.gate import FirstUse, Gate, Trust, note
 from protocol.messages import (
     Adapter,
@@ -25,6 +25,7 @@ from protocol.messages import (
     ClientAdapter,
     Manifest,
     Need,
+    Notice,
     Offer,
     Receipt,
     RoundPlan,
@@ -198,6 +199,8 @@ class ClientEnd:
                 return [], []
             case "receipt":
                 return self._receipt(expect(envelope, Receipt))
+            case "notice":
+                return [], [Noticed(expect(envelope, Notice))]
             case _:
                 return [], []
 

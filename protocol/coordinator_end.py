@@ -20,6 +20,7 @@ from protocol.errors import BusError, Refused, WireError
 from protocol.events import (
     BrokerLink,
     ClientSeen,
+    Cloned,
     CoordinatorEvent,
     OfferMade,
     OfferTooLarge,
@@ -34,6 +35,7 @@ from protocol.messages import (
     ClientAdapter,
     Manifest,
     Need,
+    Notice,
     Offer,
     Receipt,
     RoundPlan,
@@ -41,6 +43,7 @@ from protocol.messages import (
     TextBank,
     Verdict,
 )
+from protocol.notices import CLONED, Notices
 from protocol.partial import FilePartials, MemoryPartials, Partials
 from protocol.sealing import Unsealer, purpose
 from protocol.signing import Signer
@@ -98,6 +101,7 @@ class CoordinatorEnd:
         self._own: dict[str, ClientAdapter] = {}
         self._serves: dict[str, Serve] = {}
         self._clients: dict[str, _Client] = {}
+        self._notices = Notices()
         self._turns = Turns(uploads_at_once)
         self._partials: Partials = MemoryPartials() if state is None else FilePartials(state / "partial")
 
@@ -151,6 +155,11 @@ class CoordinatorEnd:
 
     def cut_off(self, client: str) -> None:
         """Give up what is under way with a client, and remember nothing of it."""
+        self.give_up(client)
+        self.gate.forget(client)
+
+    def give_up(self, client: str) -> None:
+        """Give up what is under way with a client."""
         state = self._clients.pop(client, None)
         if state is not None and state.fetch is not None:
             state.fetch.partial.clear()
@@ -181,14 +190,14 @@ class CoordinatorEnd:
                     return self._delivered(parse(topic), payload, now)
                 except Refused as error:
                     note(self.gate.counts, topic, error)
-                    return [], []
+                    return [], self._turned_away(parse(topic), error)
                 except WireError as error:
                     log.warning("ignored a message on %s: %s", topic, error)
                     return [], []
 
     def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
         """Say what is due: needs of uploads, and at most `room` chunks of broadcasts; `drained`: all before have landed."""
-        actions: list[Action] = []
+        actions: list[Action] = [self._to(client, notice) for client, notice in self._notices.due(now)]
         for client in self._turns.now(now):
             state = self._clients.get(client)
             fetch = state.fetch if state is not None else None
@@ -263,6 +272,16 @@ class CoordinatorEnd:
                 return self._offered(client, expect(envelope, Offer), now)
             case _:
                 raise WireError(f"clients have no business with {address.kind!r}")
+
+    def _turned_away(self, address: Address, error: Refused) -> list[CoordinatorEvent]:
+        """See to it that a client hears why it is not heard."""
+        assert address.client is not None
+        self._notices.note(address.client, error)
+        return [Cloned(address.client)] if error.verdict == CLONED else []
+
+    def notify(self, client: str, reason: str, detail: str) -> list[Action]:
+        """Tell a client something."""
+        return [self._to(client, Notice(reason=reason, detail=detail[:500]))]
 
     def _needed(self, need: Need, now: float) -> None:
         for serve in self._serves.values():

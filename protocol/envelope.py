@@ -1,8 +1,9 @@
 """Manifests as bytes, and back.
 
-An envelope is canonical JSON: `{"v", "federation", "sender", "kind", "sequence", "body"}` with sorted keys and no spaces.
-Everything that a signature has to bind is inside these exact bytes, and these two functions are the only place where bytes
-become a manifest: signing.py signs what `encode` returns, and gate.py checks the signature before `decode` reads it.
+An envelope is canonical JSON with sorted keys and no spaces: `{"v", "federation", "sender", "instance", "kind", "sequence",
+"body"}`. Everything that a signature has to bind is inside these exact bytes, and these two functions are the only place
+where bytes become a manifest: signing.py signs what `encode` returns, and gate.py checks the signature before `decode`
+reads it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,29 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import WireError
-from protocol.messages import ClassBankManifest, ClientAdapter, Manifest, Name, Need, Offer, Receipt, RoundPlan, Status
+from protocol.messages import (
+    ClassBankManifest,
+    ClientAdapter,
+    Manifest,
+    Name,
+    Need,
+    Notice,
+    Offer,
+    Receipt,
+    RoundPlan,
+    Status,
+)
 
 VERSION = 1
 MAX_MANIFEST = 12 * 1024  # signed, in base64url, 16 KB
 COORDINATOR = "coordinator"
 
 KINDS: dict[str, type[Manifest]] = {
-    manifest.kind: manifest for manifest in (ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Status)
+    manifest.kind: manifest
+    for manifest in (ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Notice, Status)
 }
+NOBODY = "0" * 16
+Instance = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
@@ -33,17 +48,22 @@ class _Frame(BaseModel):
     sender: Name
     kind: Name
     sequence: Annotated[int, Field(ge=0, le=2**53)]
+    instance: Instance
     body: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A manifest with who says so, in which federation. `sequence` rises with everything that a sender says."""
+    """A manifest with who says so, in which federation. `sequence` rises with everything that a sender says.
+
+    `instance` is drawn by each process anew: it tells two that speak under one name apart.
+    """
 
     federation: str
     sender: str
     manifest: Manifest
     sequence: int = 0
+    instance: str = NOBODY
 
 
 def encode(envelope: Envelope) -> bytes:
@@ -54,6 +74,7 @@ def encode(envelope: Envelope) -> bytes:
         "sender": envelope.sender,
         "kind": envelope.manifest.kind,
         "sequence": envelope.sequence,
+        "instance": envelope.instance,
         "body": envelope.manifest.model_dump(mode="json"),
     }
     data = json.dumps(frame, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -78,7 +99,8 @@ def decode(data: bytes) -> Envelope:
     if schema is None:
         raise WireError(f"unknown kind of manifest {frame.kind!r}")
     try:
-        return Envelope(frame.federation, frame.sender, schema.model_validate(frame.body), frame.sequence)
+        manifest = schema.model_validate(frame.body)
+        return Envelope(frame.federation, frame.sender, manifest, frame.sequence, frame.instance)
     except ValidationError as error:
         raise WireError(f"bad {frame.kind} manifest: {_first(error)}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.messages import Adapter, Offer, Receipt, RoundPlan, Status, TextBank, Update
+from protocol.messages import Adapter, Notice, Offer, Receipt, RoundPlan, Status, TextBank, Update
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Noticed:
+    """The coordinator tells us something."""
+
+    notice: Notice
+
+
+@dataclass(frozen=True)
 class LinkChanged:
     """The link to the broker came up or went down."""
 
@@ -53,7 +60,7 @@ class LinkChanged:
     reason: str = ""
 
 
-ClientEvent = PlanReady | NotDrawn | Finished | Unreadable | Answered | LinkChanged
+ClientEvent = PlanReady | NotDrawn | Finished | Unreadable | Answered | Noticed | LinkChanged
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,13 @@ class OfferTooLarge:
 
 
 @dataclass(frozen=True)
+class Cloned:
+    """Two devices speak under one name with one key: nothing of either is taken in."""
+
+    client: str
+
+
+@dataclass(frozen=True)
 class BrokerLink:
     """The link to the broker came up or went down."""
 
@@ -109,4 +123,4 @@ class BrokerLink:
     reason: str = ""
 
 
-CoordinatorEvent = ClientSeen | OfferMade | UpdateArrived | UpdateUnreadable | OfferTooLarge | BrokerLink
+CoordinatorEvent = ClientSeen | OfferMade | UpdateArrived | UpdateUnreadable | OfferTooLarge | Cloned | BrokerLink

@@ -11,7 +11,9 @@ from typing import Protocol
 from protocol.envelope import COORDINATOR, Envelope, decode
 from protocol.errors import KeyFileError, Refused, WireError
 from protocol.files import write_atomic
+from protocol.instances import Instances
 from protocol.messages import Status
+from protocol.notices import CLONED
 from protocol.signing import MAX_TOKEN, opened, public_key, signer_of
 from protocol.topics import Address
 
@@ -96,6 +98,7 @@ class Gate:
         self._trust = trust
         self._marks = marks
         self._seen: dict[tuple[str, str], int] = {}
+        self._instances: dict[str, Instances] = {}
         if marks is not None:
             self._seen = {(COORDINATOR, kind): number for kind, number in _read_marks(marks).items()}
 
@@ -106,6 +109,10 @@ class Gate:
         except Refused as error:
             self.counts[error.verdict] += 1
             raise
+
+    def forget(self, sender: str) -> None:
+        """Judge anew which processes speak under a name: it has another key, or another device was switched off."""
+        self._instances.pop(sender, None)
 
     def _open(self, address: Address, payload: bytes) -> Envelope:
         if len(payload) > MAX_TOKEN:
@@ -124,11 +131,23 @@ class Gate:
         said = (envelope.federation, envelope.sender, envelope.manifest.kind)
         if said != (address.federation, sender, address.kind):
             raise Refused("wrong-topic", f"a {said[2]} manifest by {said[1]!r} in {said[0]!r} on a topic of others")
+        if sender != COORDINATOR:
+            self._check_alone(sender, envelope)
         if not (isinstance(envelope.manifest, Status) and envelope.manifest.state == "offline"):
             # What a device that is gone has left at the broker gives nobody its name.
             self._trust.admit(sender, key)
         self._check_order(sender, address.kind, envelope.sequence)
         return envelope
+
+    def _check_alone(self, sender: str, envelope: Envelope) -> None:
+        instances = self._instances.setdefault(sender, Instances())
+        instances.hear(envelope.instance, envelope.sequence)
+        if instances.two_alive:
+            raise Refused(
+                CLONED,
+                f"two devices speak as {sender} with one key at the same time: both are shut out. Switch one off, or give "
+                f"it an id and a state of its own; then `clipcast device add {sender} KEY` lets the other one in again",
+            )
 
     def _check_order(self, sender: str, kind: str, number: int) -> None:
         if kind == "status":  # a hint; and the last will, which is signed long before it is said

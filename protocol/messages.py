@@ -167,6 +167,14 @@ class Receipt(Manifest):
     detail: Text = ""
 
 
+class Notice(Manifest):
+    """What the coordinator tells one client besides verdicts; `reason` names it (docs/operations.md)."""
+
+    kind: ClassVar[str] = "notice"
+    reason: Name
+    detail: Text = ""
+
+
 class Status(Manifest):
     """A client's presence: retained, with an offline twin as the last will. A hint, never an input to correctness."""
 

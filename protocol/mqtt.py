@@ -51,7 +51,7 @@ class MqttBus:
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._client: Client | None = None
         self._connected = False
-        self._taken_in = False
+        self._taken_in = self._ever_taken_in = False
         self._max_packet: int | None = None
         self._window = WINDOW
         self._in_flight: set[int] = set()  # touched by the user's thread alone: paho may acknowledge before publish returns
@@ -72,7 +72,7 @@ class MqttBus:
             raise BusError(f"broker credentials cannot be read: {error}. Check the files named under [broker]") from error
         bus._thread.start()
         bus._settled.wait(settings.connect_timeout_s)
-        if not bus._connected:
+        if not bus._ever_taken_in:  # lost again at once, as by a take-over, is a matter for what follows
             bus.close()
             raise BusError(
                 f"cannot reach the broker at {settings.url}: {bus._trouble}. Check that it is running there and that the "
@@ -230,7 +230,7 @@ class MqttBus:
             return
         if not getattr(properties, "RetainAvailable", 1):
             log.warning("broker %s keeps no retained messages: clients that join late will wait", self._settings.url)
-        self._connected = self._taken_in = True
+        self._connected = self._taken_in = self._ever_taken_in = True
         self._inbox.put(Connected(self._max_packet))
         self._settled.set()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import secrets
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -89,6 +90,7 @@ class Signer:
     def __init__(self, key: Ed25519PrivateKey | None = None, sequence: Sequence | None = None) -> None:
         self._key = Ed25519PrivateKey.generate() if key is None else key
         self._sequence = MemorySequence() if sequence is None else sequence
+        self._instance = secrets.token_hex(8)
         self.public = key_text(self._key.public_key())
 
     @classmethod
@@ -98,7 +100,7 @@ class Signer:
 
     def seal(self, federation: str, sender: str, manifest: Manifest) -> bytes:
         """Return a manifest as the signed bytes that travel; raises WireError if it is too long."""
-        data = encode(Envelope(federation, sender, manifest, self._sequence.next()))
+        data = encode(Envelope(federation, sender, manifest, self._sequence.next(), self._instance))
         return _jws.encode(data, self._key, ALGORITHM, {"kid": self.public, "typ": None}).encode()
 
 

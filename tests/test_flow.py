@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -43,10 +43,12 @@ from coordinator.text_bank import make_bank
 from edge_client.config import ClientConfig
 from edge_client.data import find_pictures
 from edge_client.device import new_client
-from edge_client.errors import UnfitPlanError
+from edge_client.errors import ShutOutError, UnfitPlanError
 from edge_client.infer import Classifier
 from edge_client.outbox import Outbox
 from edge_client.participate import participate
+from edge_client.participation import Participation
+from edge_client.train import Trainer, TrainingStopped
 from export.artefact import Source, export_artefact
 from hardware_profiles.profile import Profile
 from hardware_profiles.profile import load as load_profile
@@ -58,7 +60,7 @@ from protocol.envelope import decode, expect
 from protocol.events import ClientSeen, OfferMade, PlanReady, UpdateArrived
 from protocol.gate import Pinned
 from protocol.link import Link
-from protocol.messages import BlobRef, Offer, RoundPlan, Status, Update, Verdict
+from protocol.messages import BlobRef, Offer, RoundPlan, Status, TrainingResult, Update, Verdict
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
 from protocol.settings import BrokerSettings
@@ -607,6 +609,65 @@ def test_a_device_that_is_revoked_is_cut_off_and_its_round_ends(embedded: str, t
             link.bus.close()
     assert "device two was revoked" in log
     assert "eve is not registered" in log
+
+
+class Idle:
+    """A trainer that takes its time: until it is asked to stop."""
+
+    def run(self, _ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
+        while not stopped():
+            time.sleep(0.01)
+        raise TrainingStopped
+
+
+def test_two_devices_with_one_identity_are_both_told_and_shut_out(mosquitto: Callable[..., str], tmp_path: Path) -> None:
+    """A state folder was copied: the two take the link from each other, and each speaks as the other. The round ends."""
+    settings, url = tmp_path / "coordinator.toml", mosquitto()
+    settings.write_text(
+        f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 2\ndeadline_s = 3600\n[broker]\nurl = '{url}'\n"
+    )
+    Signer.open(tmp_path / "two").public  # noqa: B018 - makes the key
+    shutil.copytree(tmp_path / "two", tmp_path / "copy")
+    command = [sys.executable, "-m", "clipcast"]
+    stops = {folder: threading.Event() for folder in ("two", "copy")}
+
+    def take_part_idly(folder: str) -> BaseException | None:
+        end = ClientEnd("flow", "two", random.Random(folder), tmp_path / folder)
+        end.announce(status := Status(state="online"))
+        link = Link(over(url)("two", end.will()), end)
+        try:
+            participate(link, end, cast("Trainer", Idle()), Participation(status), stops[folder])
+        except ShutOutError as error:
+            return error
+        return None
+
+    one_end = ClientEnd("flow", "one", random.Random(0), tmp_path / "one")
+    one = Link(over(url)("one", one_end.will()), one_end)
+    one.do(one_end.announce(Status(state="online")))
+    pool = ThreadPoolExecutor(2)
+    process = subprocess.Popen([*command, "coordinator", "run", str(settings)], stderr=subprocess.PIPE, text=True)
+    try:
+        clones = [pool.submit(take_part_idly, folder) for folder in stops]
+        deadline = time.monotonic() + 120
+        while not all(clone.done() for clone in clones):
+            assert time.monotonic() < deadline, "waited 120 s for both to be told"
+            one.poll(0.1)
+        assert all("two devices" in str(clone.result()) for clone in clones)
+        listed = subprocess.run(
+            [*command, "device", "list", "--coordinator", str(settings)], check=True, capture_output=True, text=True
+        ).stdout
+        assert [line.split()[::2] for line in listed.splitlines()] == [["one", "active"], ["two", "quarantined"]]
+        rounds = [*command, "coordinator", "rounds", str(settings)]
+        while "quorum-missed" not in subprocess.run(rounds, check=True, capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, "waited for the end of a round that can have no quorum"
+    finally:
+        for stop in stops.values():
+            stop.set()
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+        pool.shutdown()
+        one.bus.close()
+    assert "two devices speak as two with one key" in log, log
 
 
 def test_a_client_follows_no_other_coordinator_than_its_own(tmp_path: Path) -> None:

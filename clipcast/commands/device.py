@@ -16,7 +16,7 @@ SETTINGS = Path("coordinator.toml")
 
 @app.command(name="list")
 def show(settings: Settings = SETTINGS) -> None:
-    """Show the known devices: id, key, and whether it was revoked.
+    """Show the known devices: id, key, and whether it was revoked, or is quarantined because two devices used its name.
 
     Example: `clipcast device list --coordinator coordinator.toml`
     """
@@ -25,7 +25,8 @@ def show(settings: Settings = SETTINGS) -> None:
 
     config = load(settings)
     for name, device in Store(config.state, config.journal).devices().items():
-        typer.echo(f"{name} {device.key} {'revoked' if device.revoked else 'active'}")
+        state = "revoked" if device.revoked else "quarantined" if device.quarantined else "active"
+        typer.echo(f"{name} {device.key} {state}")
 
 
 @app.command()

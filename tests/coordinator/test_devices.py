@@ -68,3 +68,16 @@ def test_a_device_that_is_revoked_beside_a_working_coordinator_is_cut_off(store,
     assert devices.refresh() == {"ann"}
     devices.check("ann", OTHER)
     assert verdict(devices, "ann", ONE) == "wrong-key"
+
+
+def test_a_quarantined_device_is_shut_out_over_restarts_until_it_is_added_again(store, tmp_path):
+    clock = Clock()
+    devices = Devices(store, "open", clock)
+    devices.admit("ann", ONE)
+    devices.quarantine("ann")
+    assert store.devices() == {"ann": Device(ONE, revoked=False, quarantined=True)}
+    assert verdict(devices, "ann", ONE) == verdict(Devices(store, "open"), "ann", ONE) == "quarantined"
+    Store(tmp_path / "state").add_device("ann", ONE)
+    clock.now += REFRESH_S
+    assert devices.refresh() == {"ann"}
+    devices.check("ann", ONE)

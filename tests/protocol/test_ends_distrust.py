@@ -15,8 +15,8 @@ from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.envelope import COORDINATOR, decode
-from protocol.errors import WireError
-from protocol.events import Answered, Finished, PlanReady
+from protocol.errors import Refused, WireError
+from protocol.events import Answered, ClientSeen, Cloned, Finished, Noticed, PlanReady
 from protocol.messages import (
     CHUNK_SIZE,
     MIN_CHUNK_SIZE,
@@ -24,6 +24,7 @@ from protocol.messages import (
     ClassBankManifest,
     Manifest,
     Need,
+    Notice,
     Offer,
     Receipt,
     Recipe,
@@ -175,7 +176,7 @@ def test_a_coordinator_ignores_what_is_not_that_clients(delivery):
     end = new_coordinator()
     assert len(give(end, Said(TOPICS.from_("a", "status"), Status(state="online"), sender="a"))) == 1
     assert end.handle(delivered(delivery), 1.0) == ([], [])
-    assert end.tick(2.0, 8) == []
+    assert [action for action in end.tick(2.0, 8) if action.topic != TOPICS.to("a", "notice")] == []
 
 
 @given(
@@ -199,6 +200,39 @@ def test_a_receipt_on_another_clients_topic_is_ignored():
     offer = end._upload.offer
     receipt = Receipt(round=1, sha256=offer.blob.sha256, accepted=True, reason="accepted")
     assert give(end, Said(TOPICS.to("b", "receipt"), receipt)) == []
+
+
+def test_two_devices_of_one_key_are_found_out_and_both_told_until_they_are_judged_anew(new_network):
+    """Each end is a process of its own with the same key, as after a state folder was copied; all hear what is for "a"."""
+    network = new_network("a")
+    copy = ClientEnd("fed", "a", random.Random(9))
+    copy._signer = Signer(network.ends["a"]._signer._key)
+    network.ends["copy"], network.events["copy"], network._filters["copy"] = copy, [], set()
+    network.connect("copy")
+    for name in ("a", "copy") * 2:
+        assert not network.seen("coordinator", Cloned)
+        network.do(name, network.ends[name].announce(Status(state="online")))
+        network.pass_time(1.0)
+    network.run(lambda: network.seen("a", Noticed) and network.seen("copy", Noticed))
+    assert network.seen("coordinator", Cloned) == [Cloned("a")]
+    assert network.seen("a", Noticed)[0].notice.reason == "cloned"
+    seen = len(network.seen("coordinator", ClientSeen))
+    network.do("copy", network.ends["copy"].announce(Status(state="online")))
+    network.pass_time(1.0)
+    assert len(network.seen("coordinator", ClientSeen)) == seen
+    network.ends["coordinator"].cut_off("a")  # as when the device was added again
+    network.do("copy", network.ends["copy"].announce(Status(state="online")))
+    network.run(lambda: len(network.seen("coordinator", ClientSeen)) > seen)
+
+
+def test_a_client_that_is_not_let_in_is_told_why(new_network):
+    class Closed:
+        def check(self, sender, key):
+            raise Refused("unknown-device", f"{sender} is not registered")
+
+    network = new_network("a", trust=Closed())
+    network.run(lambda: network.seen("a", Noticed))
+    assert network.seen("a", Noticed) == [Noticed(Notice(reason="unknown-device", detail="a is not registered"))]
 
 
 def test_a_damaged_blob_is_asked_for_again():

@@ -18,6 +18,7 @@ from protocol.messages import (
     ClassBankManifest,
     ClientAdapter,
     Need,
+    Notice,
     Offer,
     Receipt,
     Recipe,
@@ -61,6 +62,7 @@ MANIFESTS = {
         recipe=recipes,
         seed=counts,
         deadline_s=positive,
+        seal_to=st.none() | st.from_regex(r"\A[A-Za-z0-9_-]{43}\Z"),
     ),
     "adapter": st.builds(ClientAdapter, run=names, round=counts, adapter=refs),
     "offer": st.builds(
@@ -78,6 +80,7 @@ MANIFESTS = {
     "receipt": st.builds(
         Receipt, round=counts, sha256=digests, accepted=st.booleans(), reason=names, detail=st.text(max_size=500)
     ),
+    "notice": st.builds(Notice, reason=names, detail=st.text(max_size=500)),
     "status": st.builds(
         Status,
         state=st.sampled_from(["online", "offline"]),
@@ -128,7 +131,8 @@ def test_every_kind_of_manifest_is_tried():
 @given(data=st.data(), federation=names, sender=names)
 @settings(deadline=None, max_examples=30)
 def test_a_manifest_survives_the_way(kind, data, federation, sender):
-    envelope = Envelope(federation, sender, data.draw(MANIFESTS[kind]))
+    instance = data.draw(st.from_regex(r"\A[0-9a-f]{16}\Z"))
+    envelope = Envelope(federation, sender, data.draw(MANIFESTS[kind]), data.draw(counts), instance)
     encoded = encode(envelope)
     assert decode(encoded) == envelope
     assert encode(decode(encoded)) == encoded

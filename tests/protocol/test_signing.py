@@ -38,7 +38,10 @@ def test_what_is_signed_is_read_and_is_a_jws_that_others_can_check():
     assert signer.public == PUBLIC
     token = signer.seal("fed", "a", STATUS)
     assert signer_of(token) == PUBLIC
-    assert decode(opened(token, PUBLIC)) == Envelope("fed", "a", STATUS, 1)
+    envelope = decode(opened(token, PUBLIC))
+    assert envelope == Envelope("fed", "a", STATUS, 1, envelope.instance)
+    assert decode(opened(signer.seal("fed", "a", STATUS), PUBLIC)).instance == envelope.instance
+    assert decode(opened(Signer(rfc_key()).seal("fed", "a", STATUS), PUBLIC)).instance != envelope.instance
     checked = jwt.api_jws.PyJWS(algorithms=["EdDSA"]).decode(token, rfc_key().public_key(), algorithms=["EdDSA"])
     assert json.loads(checked)["sequence"] == 1
     header, payload, signature = token.split(b".")
