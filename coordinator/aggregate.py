@@ -12,20 +12,23 @@ from protocol.messages import Adapter, Offer, Update
 
 @dataclass(frozen=True)
 class Contribution:
-    """An accepted update with its offer."""
+    """An accepted update with its offer. `discount` multiplies its weight: below 1 if it is of an earlier round."""
 
     offer: Offer
     update: Update
+    discount: float = 1.0
 
 
 def aggregate(contributions: Mapping[str, Contribution], method: Aggregation, rank: int, current: Adapter) -> Adapter:
     """Return the sample-weighted mean adapter, weights n_k / sum n (docs/method.md, step 5); `current` for method "none".
 
+    What came late weighs less, by its discount.
+
     Clients are taken in sorted order, so that the order of arrival leaves no trace in the bits.
     """
     ordered = [contributions[client] for client in sorted(contributions)]
     adapters = [contribution.update.adapter for contribution in ordered]
-    weights = [float(contribution.offer.samples) for contribution in ordered]
+    weights = [contribution.discount * contribution.offer.samples for contribution in ordered]
     if method == "none":
         return current
     if method == "mean_of_products":

@@ -38,6 +38,15 @@ class Expectation:
         return largest_update(self.starts[client].shapes, self.width, self.classes, features) + SEALING_BYTES
 
 
+@dataclass(frozen=True)
+class Late:
+    """What updates of an earlier round must look like that come now, who has delivered then, and what those weigh."""
+
+    expected: Expectation
+    counted: Collection[str]
+    discount: float
+
+
 def rejected(reason: str, detail: str) -> Verdict:
     """Return a rejection; reasons are listed in docs/operations.md."""
     return Verdict(accepted=False, reason=reason, detail=detail)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from coordinator.aggregate import Contribution
-from coordinator.checks import Expectation, check_offer, check_update, rejected
+from coordinator.checks import Expectation, Late, check_offer, check_update, rejected
 from protocol.events import ClientSeen, CoordinatorEvent, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
-from protocol.messages import Offer, RoundPlan, Status, Verdict
+from protocol.messages import Offer, RoundPlan, Status, Update, Verdict
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Wanted:
     offer: Offer
 
 
-def refuse_all(event: CoordinatorEvent) -> Answer | None:
-    """Answer an update that comes while no round is open."""
-    if isinstance(event, (OfferMade, UpdateArrived, UpdateUnreadable, OfferTooLarge)):
+def refuse_all(event: CoordinatorEvent, oldest: int) -> Answer | None:
+    """Answer an update that comes while no round is open. Those from round `oldest` on are left for the next one."""
+    if isinstance(event, (OfferMade, UpdateArrived, UpdateUnreadable, OfferTooLarge)) and event.offer.round < oldest:
         return Answer(event.client, event.offer, check_offer(event.client, event.offer, None, ()))
     return None
 
@@ -38,7 +39,9 @@ def refuse_all(event: CoordinatorEvent) -> Answer | None:
 class Collection:
     """Collects a round's updates until `quorum` are accepted or the deadline has passed.
 
-    `accepted` and `refused` are what the round had before a restart.
+    `accepted` and `refused` are what the round had before a restart. `late` says which earlier rounds' updates may still
+    come, and `came_late` which of them had come before a restart. They count towards no quorum, and only while their
+    client has no update of this round.
     """
 
     def __init__(
@@ -48,11 +51,15 @@ class Collection:
         now: float,
         accepted: Mapping[str, Contribution] | None = None,
         refused: Sequence[Answer] = (),
+        late: Mapping[int, Late] | None = None,
+        came_late: Mapping[str, Contribution] | None = None,
     ) -> None:
         self._expected = expected
         self._quorum = quorum
         self._deadline = now + expected.plan.deadline_s
         self._accepted = dict(accepted or {})
+        self._late = dict(late or {})
+        self._came_late = dict(came_late or {})
         self._failed: set[str] = set()
         self.refused = list(refused)
 
@@ -65,6 +72,11 @@ class Collection:
     def accepted(self) -> Mapping[str, Contribution]:
         """The accepted updates by client."""
         return self._accepted
+
+    @property
+    def contributions(self) -> Mapping[str, Contribution]:
+        """What the round is made of: the accepted updates, and those of an earlier round of who sent no other."""
+        return {**self._came_late, **self._accepted}
 
     @property
     def has_quorum(self) -> bool:
@@ -87,7 +99,8 @@ class Collection:
 
     def take_back(self, answer: Answer) -> None:
         """Forget an answer that could not be kept: the update may come again."""
-        self._accepted.pop(answer.client, None)
+        kept = self._accepted if answer.offer.round == self.plan.round else self._came_late
+        kept.pop(answer.client, None)
         self.refused = [other for other in self.refused if other is not answer]
 
     def give_up(self, client: str) -> None:
@@ -98,14 +111,16 @@ class Collection:
         """Take in an event of the wire; an update gets its answer, an offer one too unless the update is wanted."""
         match event:
             case OfferMade(client=client, offer=offer):
-                verdict = check_offer(client, offer, self._expected, self._accepted)
+                expected, counted = self._against(offer)
+                verdict = check_offer(client, offer, expected, counted)
                 return Wanted(client, offer) if verdict.accepted else self._answer(Answer(client, offer, verdict))
             case UpdateArrived(client=client, offer=offer, update=update):
-                verdict = check_offer(client, offer, self._expected, self._accepted)
+                expected, counted = self._against(offer)
+                verdict = check_offer(client, offer, expected, counted)
                 if verdict.accepted:
-                    verdict = check_update(client, update, self._expected)
+                    verdict = check_update(client, update, expected)
                 if verdict.accepted:
-                    self._accepted[client] = Contribution(offer, update)
+                    self._count(client, offer, update)
                 return self._answer(Answer(client, offer, verdict))
             case UpdateUnreadable(client=client, offer=offer, problem=problem, reason=reason):
                 return self._answer(Answer(client, offer, rejected(reason, problem)))
@@ -120,6 +135,21 @@ class Collection:
                 return None
             case _:
                 return None
+
+    def _against(self, offer: Offer) -> tuple[Expectation, AbstractSet[str]]:
+        """Return what an offer is held to, and whose updates of its round are here."""
+        late = self._late.get(offer.round)
+        if late is None:
+            return self._expected, self._accepted.keys()
+        came = {client for client, c in self._came_late.items() if c.offer.round == offer.round}
+        return late.expected, came | set(late.counted)
+
+    def _count(self, client: str, offer: Offer, update: Update) -> None:
+        late = self._late.get(offer.round)
+        if late is None:
+            self._accepted[client] = Contribution(offer, update)
+        elif client not in self._came_late or self._came_late[client].offer.round < offer.round:
+            self._came_late[client] = Contribution(offer, update, late.discount)
 
     def _answer(self, answer: Answer) -> Answer:
         # What a client wrote may be in the detail: printable and short, as it goes into logs and records.

@@ -44,6 +44,8 @@ local_steps = 15                      # optimiser steps of a client in a round
 batch_size = 16
 # mu = 0.1                            # weight of the orthogonal loss
 # features_per_class = 16             # features a client uploads in a round; 0 uploads none
+# late_rounds = 0                     # an update may come so many rounds late; it then counts in the average alone
+# late_discount = 0.5                 # its weight is multiplied by this for each round
 # features_of = "all"                 # "correct": of correctly predicted pictures only
 
 # [recipe.text]                       # the coordinator's own training, on the uploaded features

@@ -53,9 +53,13 @@ ROUNDS = Table(
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("plan", Text, nullable=False),
     Column("ranks", Text, nullable=False),
+    Column("bases", Text, nullable=False),
     Column("record", Text),
 )
-"""A round: its plan and each participant's rank; its record once it is over. At most one has none: the open one."""
+"""A round: its plan, each participant's rank and the hash of the adapter that it starts from; its record once it is over.
+
+At most one has no record: the open one.
+"""
 
 UPDATES = Table(
     "updates",

@@ -56,10 +56,14 @@ class Learner:
         return self._text.shapes if self._text else None
 
     def learn(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
-        """Train the text side, average, personalise."""
-        recipe = self._recipe
+        """Train the text side, average, personalise.
+
+        What came late counts in the average alone: its features and prototypes are those of an adapter that is gone.
+        """
+        recipe, everything = self._recipe, contributions
+        contributions = {client: c for client, c in everything.items() if c.discount == 1.0}
         bank, text, loss = self._train_text(contributions, known)
-        common = stored(aggregate(contributions, recipe.aggregation, recipe.rank, known.adapter))
+        common = stored(aggregate(everything, recipe.aggregation, recipe.rank, known.adapter))
         renewed: dict[str, Adapter] = {}
         attention = None
         if recipe.personal.query != "none":

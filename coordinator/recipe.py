@@ -85,12 +85,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 class FederationRecipe(Recipe):
     """What clients do (the inherited fields, which travel in the plan) and what the coordinator does.
 
+    With `late_rounds` an update may come so many rounds after its own; its weight is multiplied by `late_discount` for each.
     A negative `first_block` counts from the last block: -3 adapts the last three, or all if there are fewer.
     """
 
     first_block: int = 0
     name: RecipeName = "fedalign"
     aggregation: Aggregation = "mean_of_factors"
+    late_discount: Annotated[float, Field(gt=0, lt=1)] = 0.5
     text: TextTraining = TextTraining()
     personal: Personalisation = Personalisation()
 

@@ -56,9 +56,9 @@ class AttentionRecord(BaseModel):
 class RoundRecord(BaseModel):
     """What happened in a round. Bytes are payload bytes by client; loss and accuracy are the clients' own, weighted.
 
-    `class_accuracy` is the share of the clients' own pictures of a class that they predicted correctly after training;
-    `own` names the clients whose own adapters the round made; `bank_version` is the class bank that goes with the global
-    adapter, whose blob is named by `adapter_sha256`.
+    `late` says whose updates of which earlier rounds counted, too. `class_accuracy` is the share of the clients' own
+    pictures of a class that they predicted correctly after training; `own` names the clients whose own adapters the round
+    made; `bank_version` is the class bank that goes with the global adapter, whose blob is named by `adapter_sha256`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +67,7 @@ class RoundRecord(BaseModel):
     accepted: list[str]
     rejected: list[Refusal]
     silent: list[str]
+    late: dict[str, int] = {}
     samples: int
     loss: float | None
     train_accuracy: float | None

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from clip_lora.lora import adapter_shapes, initial_adapter
+from clip_lora.lora import Shapes, adapter_shapes, initial_adapter
 from clip_lora.towers import load_config
 from coordinator.aggregate import Contribution
-from coordinator.checks import Expectation, Start
+from coordinator.checks import Expectation, Late, Start
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.devices import Devices
@@ -78,7 +78,7 @@ class Federation:
             lesson = NO_LESSON
             if collection.has_quorum:
                 missed = 0
-                known, lesson = self._phase(number).learn(collection.accepted, known)
+                known, lesson = self._phase(number).learn(collection.contributions, known)
             else:
                 missed += 1
             record = self._record(collection, lesson, known, time.monotonic() - started)
@@ -98,9 +98,11 @@ class Federation:
         personalised = personal.query != "none"
         if number <= self._config.rounds:
             return Phase(training, personalised and personal.start == "own", self._learner.learn)
+        # What was trained for an earlier round is of no use to the last ones.
         if recipe.aligns and number == self._config.rounds + 1:
-            return Phase(training.model_copy(update={"local_steps": 0}), False, self._learner.align)
-        closing = training.model_copy(update={"local_steps": personal.closing_steps, "features_per_class": 0})
+            return Phase(training.model_copy(update={"local_steps": 0, "late_rounds": 0}), False, self._learner.align)
+        changed = {"local_steps": personal.closing_steps, "features_per_class": 0, "late_rounds": 0}
+        closing = training.model_copy(update=changed)
         return Phase(closing, personalised, self._learner.close)
 
     def _recall(self) -> tuple[int, Knowledge]:
@@ -152,7 +154,7 @@ class Federation:
             log.info("round %d waits for %d more clients", number, wanted - len(self._online))
             for event in self._poll(left, None):
                 self._notice(event)
-                self._settle(event, None)
+                self._settle(event, None, number - self._phase(number).recipe.late_rounds)
         rng = random.Random(f"{self._config.seed}:{number}")
         return tuple(sorted(rng.sample(sorted(self._online), min(wanted, len(self._online)))))
 
@@ -166,12 +168,34 @@ class Federation:
             log.warning("the settings have changed while round %d was open: it begins anew", number)
             opened = None
         if opened is None:
-            self._store.open(expected.plan, ranks)
+            self._store.open(expected.plan, ranks, {client: start.base for client, start in expected.starts.items()})
             opened = Opened(expected.plan, ranks, {}, ())
         elif opened.accepted:
             log.info("round %d goes on with the updates of %s", number, ", ".join(opened.accepted))
         self._publish(expected)
-        return started, Collection(expected, self._config.quorum, time.monotonic(), opened.accepted, opened.refused)
+        late = self._late(number, expected)
+        came_late = {
+            client: Contribution(offer, update, late[offer.round].discount)
+            for client, offer, update in opened.came_late
+            if offer.round in late
+        }
+        begun = time.monotonic()
+        return started, Collection(expected, self._config.quorum, begun, opened.accepted, opened.refused, late, came_late)
+
+    def _late(self, number: int, expected: Expectation) -> dict[int, Late]:
+        """Return what updates of earlier rounds are held to that may still come in this one."""
+        late: dict[int, Late] = {}
+        for earlier in self._store.earlier(number, expected.plan.recipe.late_rounds):
+            shapes = self._shapes(earlier.ranks)
+            starts = {client: Start(earlier.bases[client], shapes[rank]) for client, rank in earlier.ranks.items()}
+            discount = self._config.recipe.late_discount ** (number - earlier.plan.round)
+            then = replace(expected, plan=earlier.plan, starts=starts)
+            late[earlier.plan.round] = Late(then, earlier.counted, discount)
+        return late
+
+    def _shapes(self, ranks: Mapping[str, int]) -> dict[int, Shapes]:
+        """Return the factors' shapes at each rank."""
+        return {r: adapter_shapes(self._model, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
 
     def _same(self, old: RoundPlan, new: RoundPlan) -> bool:
         """Whether updates for the old plan are updates for the new one."""
@@ -212,7 +236,7 @@ class Federation:
         self, number: int, from_own: bool, known: Knowledge, ranks: Mapping[str, int], common: str
     ) -> tuple[bool, dict[str, Start]]:
         """Decide what each participant starts from, and announce it where it is not the global adapter for all."""
-        shapes = {r: adapter_shapes(self._model, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
+        shapes = self._shapes(ranks)
         if not from_own and set(ranks.values()) <= {self._training.rank}:
             return False, {client: Start(common, shapes[rank]) for client, rank in ranks.items()}
         if not from_own:
@@ -276,13 +300,16 @@ class Federation:
             case _:
                 log.debug("%s", event)
 
-    def _settle(self, event: CoordinatorEvent, collection: Collection | None) -> None:
-        """Answer an update; what is accepted is in the journal before the client hears of it."""
+    def _settle(self, event: CoordinatorEvent, collection: Collection | None, oldest: int = 0) -> None:
+        """Answer an update; what is accepted is in the journal before the client hears of it.
+
+        Between rounds, without a collection, those from round `oldest` on are left for the next one.
+        """
         earlier = self._store.answered(event.client, event.offer) if isinstance(event, OfferMade) else None
         if earlier is not None:
             self._reply(earlier)
             return
-        match collection.take(event) if collection is not None else refuse_all(event):
+        match collection.take(event) if collection is not None else refuse_all(event, oldest):
             case Wanted(client=client, offer=offer):
                 self._end.fetch(client, offer)
             case Answer() as answer:
@@ -316,6 +343,7 @@ class Federation:
                 Refusal(client=a.client, reason=a.verdict.reason, detail=a.verdict.detail) for a in collection.refused
             ],
             silent=collection.silent,
+            late={client: c.offer.round for client, c in collection.contributions.items() if c.discount < 1.0},
             samples=samples,
             loss=sum(o.loss * o.samples for o in offers.values()) / samples if samples and trained else None,
             train_accuracy=sum(o.accuracy * o.samples for o in offers.values()) / samples if samples else None,

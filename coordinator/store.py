@@ -32,7 +32,7 @@ from coordinator.records import Identity, RoundRecord, Run
 from protocol.blobs import BlobError, Blobs
 from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank
 from protocol.errors import WireError
-from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Verdict
+from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Update, Verdict
 
 FIRST_BANK = 1
 ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
@@ -57,6 +57,17 @@ class Opened:
     ranks: Mapping[str, int]
     accepted: Mapping[str, Contribution]
     refused: tuple[Answer, ...]
+    came_late: tuple[tuple[str, Offer, Update], ...] = ()
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A round that is over: its plan, each participant's rank and start, and who had an update accepted for it."""
+
+    plan: RoundPlan
+    ranks: Mapping[str, int]
+    bases: Mapping[str, str]
+    counted: frozenset[str]
 
 
 class Store:
@@ -210,13 +221,21 @@ class Store:
         """Keep what a new federation begins with."""
         self._commit(0, known, NO_LESSON, None)
 
-    def open(self, plan: RoundPlan, ranks: Mapping[str, int]) -> None:
-        """Note that a round begins. What an abandoned one of the same number had collected is forgotten."""
+    def open(self, plan: RoundPlan, ranks: Mapping[str, int], bases: Mapping[str, str]) -> None:
+        """Note that a round begins, each participant from the adapter whose hash is in `bases`.
+
+        What an abandoned one of the same number had collected is forgotten.
+        """
         with self._journal.writing() as connection:
             connection.execute(delete(UPDATES).where(UPDATES.c.counts_in == plan.round))
             connection.execute(delete(ROUNDS).where(ROUNDS.c.number == plan.round))
             connection.execute(
-                insert(ROUNDS).values(number=plan.round, plan=plan.model_dump_json(), ranks=json.dumps(dict(ranks)))
+                insert(ROUNDS).values(
+                    number=plan.round,
+                    plan=plan.model_dump_json(),
+                    ranks=json.dumps(dict(ranks)),
+                    bases=json.dumps(dict(bases)),
+                )
             )
 
     def opened(self) -> Opened | None:
@@ -231,14 +250,37 @@ class Store:
             answers = connection.execute(query).all()
         accepted: dict[str, Contribution] = {}
         refused: list[Answer] = []
+        came_late: list[tuple[str, Offer, Update]] = []
         for found in answers:
             offer = _read(Offer, found.offer, self._journal)
-            if found.accepted:
+            if found.accepted and found.number < row.number:
+                came_late.append((found.client, offer, decode_update(self._blob(found.blob))))
+            elif found.accepted:
                 accepted[found.client] = Contribution(offer, decode_update(self._blob(found.blob)))
             else:
                 refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
         plan = _read(RoundPlan, row.plan, self._journal)
-        return Opened(plan, json.loads(row.ranks), accepted, tuple(refused))
+        return Opened(plan, json.loads(row.ranks), accepted, tuple(refused), tuple(came_late))
+
+    def earlier(self, number: int, back: int) -> list[Earlier]:
+        """Return the rounds before round `number`, at most `back` of them; raises FederationError."""
+        between = (ROUNDS.c.number < number, ROUNDS.c.number >= number - back)
+        with self._journal.reading() as connection:
+            if connection is None or not back:
+                return []
+            rows = connection.execute(select(ROUNDS).where(*between).order_by(ROUNDS.c.number)).all()
+            query = select(UPDATES.c.number, UPDATES.c.client).where(UPDATES.c.accepted, UPDATES.c.number >= number - back)
+            # What came late in the open round is not over yet: the round itself knows of it.
+            counted = connection.execute(query.where(UPDATES.c.counts_in < number)).all()
+        return [
+            Earlier(
+                _read(RoundPlan, row.plan, self._journal),
+                json.loads(row.ranks),
+                json.loads(row.bases),
+                frozenset(found.client for found in counted if found.number == row.number),
+            )
+            for row in rows
+        ]
 
     def keep(self, answer: Answer, blob: bytes | None, counts_in: int) -> None:
         """Keep the answer to an update, and if it is accepted the update: before the client hears of it. Idempotent.

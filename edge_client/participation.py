@@ -57,7 +57,9 @@ class Participation:
         self._status = status
         self._current: PlanReady | None = None
         self._training: PlanReady | None = None
+        self._newest: RoundPlan | None = None
         self._done = done
+        self._unanswered = done is not None
         self._sent_in: int | None = None  # start of the coordinator in which `done` was last offered
 
     @property
@@ -71,14 +73,16 @@ class Participation:
             case PlanReady():
                 return self._planned(event)
             case NotDrawn(plan=plan):
-                self._current = None
-                return [Withdraw(), self._announce("waiting", plan.round, "not drawn for this round")]
+                self._current, self._newest = None, plan
+                return [*self._keep_offering(plan), self._announce("waiting", plan.round, "not drawn for this round")]
             case Finished(plan=plan):
-                self._current = None
-                return [Withdraw(), self._announce("waiting", plan.round, "federation finished")]
+                self._current, self._newest = None, plan
+                return [*self._keep_offering(plan), self._announce("waiting", plan.round, "federation finished")]
             case Answered(receipt=receipt):
+                self._unanswered = False
                 verdict = "accepted" if receipt.accepted else f"rejected: {receipt.reason} {receipt.detail}".strip()
-                return [self._announce("waiting", receipt.round, f"update {verdict}"[:500])]
+                phase = "waiting" if self._training is None else "training"
+                return [self._announce(phase, receipt.round, f"update {verdict}"[:500])]
             case Unreadable(problem=problem):
                 return [self._announce("failed", None, f"{problem}: the same clipcast on both sides?"[:500])]
             case Noticed(notice=notice):
@@ -87,13 +91,16 @@ class Participation:
                 return []
 
     def trained(self, parcel: Parcel) -> list[Step]:
-        """Take in a finished training: it is sent if its plan is still the current one."""
+        """Take in a finished training: it is sent if its plan is still the current one, or the newest one takes it late."""
         trained, self._training = self._training, None
-        if trained is None or self._current is None:
+        if trained is None or self._newest is None:
             return []
-        if work_of(trained) != work_of(self._current):
-            return self._planned(self._current)
-        return self._send(Work(work_of(trained), parcel), self._current)
+        work, current = Work(work_of(trained), parcel), self._current
+        if current is not None and work.key == work_of(current):
+            return self._send(work, current.plan)
+        if self._newest.takes_late(trained.plan.run, trained.plan.round):
+            return [*self._send(work, self._newest), *([] if current is None else self._planned(current))]
+        return [] if current is None else self._planned(current)
 
     def failed(self, problem: str) -> list[Step]:
         """Take in a failed training: everybody is told why."""
@@ -102,19 +109,29 @@ class Participation:
         return [self._announce("failed", number, problem[:500])]
 
     def _planned(self, ready: PlanReady) -> list[Step]:
-        self._current = ready
+        self._current, self._newest = ready, ready.plan
         plan, done = ready.plan, self._done
         if done is not None and done.key == work_of(ready):
             # Said again by the same coordinator, the offer stands. A restarted one may have been set back to an older state.
-            return [] if self._sent_in == plan.start else [Withdraw(), *self._send(done, ready)]
+            return [] if self._sent_in == plan.start else [Withdraw(), *self._send(done, plan)]
+        steps = self._keep_offering(plan)
         if self._training is not None:
-            return [Withdraw()]
+            return steps
         self._training = ready
-        return [Withdraw(), Train(ready), self._announce("training", plan.round)]
+        return [*steps, Train(ready), self._announce("training", plan.round)]
 
-    def _send(self, work: Work, ready: PlanReady) -> list[Step]:
-        self._done, self._sent_in = work, ready.plan.start
-        return [Send(work), self._announce("uploading", ready.plan.round)]
+    def _keep_offering(self, plan: RoundPlan) -> list[Step]:
+        """Withdraw what was offered for another round, unless it has had no answer and the newest plan takes it late."""
+        done = self._done
+        if done is None or not self._unanswered or not plan.takes_late(done.parcel.offer.run, done.parcel.offer.round):
+            return [Withdraw()]
+        if self._sent_in is None:  # from before a restart
+            return self._send(done, plan)
+        return []
+
+    def _send(self, work: Work, plan: RoundPlan) -> list[Step]:
+        self._done, self._sent_in, self._unanswered = work, plan.start, True
+        return [Send(work), self._announce("uploading", work.parcel.offer.round)]
 
     def _announce(self, phase: str, number: int | None, detail: str = "") -> Announce:
         fields = {**self._status.model_dump(), "phase": phase, "round": number, "detail": detail}

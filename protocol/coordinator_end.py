@@ -139,9 +139,11 @@ class CoordinatorEnd:
     def publish_plan(self, plan: RoundPlan) -> list[Action]:
         """Announce a round plan, retained. Its adapter must be served already. Uploads of other rounds are given up."""
         for state in self._clients.values():
-            if state.offer is not None and state.offer.round != plan.round:
+            offer = state.offer
+            if offer is not None and offer.round != plan.round and not plan.takes_late(offer.run, offer.round):
                 state.offer = state.fetch = None
-        self._partials.retain(set(plan.participants))
+        under_way = {client for client, state in self._clients.items() if state.fetch is not None}
+        self._partials.retain({*plan.participants, *under_way})
         return self._retain(plan)
 
     def fetch(self, client: str, offer: Offer) -> None:

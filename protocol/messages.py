@@ -79,6 +79,7 @@ class Recipe(BaseModel):
     features_per_class: Annotated[int, Field(ge=0, le=100_000)] = 16
     features_of: Literal["correct", "all"] = "all"
     features_from: Literal["start", "trained"] = "start"
+    late_rounds: Annotated[int, Field(ge=0, le=100)] = 0
 
     def at_rank(self, rank: int) -> Recipe:
         """Return the recipe for a device of another rank: alpha / rank stays, so that B A means the same everywhere."""
@@ -122,6 +123,10 @@ class RoundPlan(Manifest):
     seed: Count
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     seal_to: Key | None = None
+
+    def takes_late(self, run: str | None, number: int) -> bool:
+        """Whether an update for round `number` of a run may still come while this plan is the newest."""
+        return self.state == "open" and run == self.run and 0 < self.round - number <= self.recipe.late_rounds
 
 
 class ClientAdapter(Manifest):

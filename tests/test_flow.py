@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -609,6 +609,74 @@ def test_a_device_that_is_revoked_is_cut_off_and_its_round_ends(embedded: str, t
             link.bus.close()
     assert "device two was revoked" in log
     assert "eve is not registered" in log
+
+
+class Slow:
+    """A trainer that holds each round's result back until it may go."""
+
+    def __init__(self, trainer: Trainer, may_go: Mapping[int, threading.Event]) -> None:
+        self._trainer = trainer
+        self._may_go = may_go
+
+    def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
+        result = self._trainer.run(ready, stopped)
+        while not self._may_go[ready.plan.round].wait(0.01):
+            if stopped():
+                raise TrainingStopped
+        return result
+
+
+def test_an_update_of_the_last_round_counts_in_the_next_at_a_discount(homes: list[Path], tmp_path: Path) -> None:
+    """Round 1 is over before `two` has trained; its update comes in round 2, which ends when `one` has trained."""
+    two_waits, one_waits, never = threading.Event(), threading.Event(), threading.Event()
+    at_once = threading.Event()
+    at_once.set()
+    gates = {"one": {1: at_once, 2: one_waits}, "two": {1: two_waits, 2: never}}
+    broker, stop = MemoryBroker(), threading.Event()
+    recipe = {**GIVEN, "late_rounds": 1, "late_discount": 0.25, "personal": {"start": "global", "closing_steps": 0}}
+    config = CoordinatorConfig.model_validate(
+        {"federation": "flow", "classes": CLASSES, "rounds": 2, "quorum": 1, "seed": 7, "recipe": recipe, "state": tmp_path}
+    )
+
+    def client(name: str, home: Path) -> None:
+        trainer, part, status = new_client(client_config(name, home), PROFILE)
+        end = ClientEnd("flow", name, random.Random(name))
+        end.announce(status)
+        slow = cast("Trainer", Slow(trainer, gates[name]))
+        participate(Link(broker.connect(end.will()), end), end, slow, part, stop)
+
+    threads = [threading.Thread(target=client, args=pair) for pair in zip(("one", "two"), homes, strict=True)]
+    bus, end = broker.connect(), CoordinatorEnd("flow", random.Random(0))
+    watch = Link(broker.connect(), Observer("flow"))
+    seen = threading.Thread(
+        target=lambda: (wait_for(watch, lambda s: s.client == "two" and s.status.round == 1, "accepted"), one_waits.set())
+    )
+    for thread in (*threads, seen):
+        thread.start()
+    store = Store(tmp_path)
+    kept: dict[tuple[str, int], tuple[Offer, Update]] = {}
+
+    def keep(answer: Answer, blob: bytes, counts_in: int) -> None:
+        kept[answer.client, answer.offer.round] = (answer.offer, decode_update(blob))
+        Store.keep(store, answer, blob, counts_in)
+
+    store.keep = keep  # type: ignore[method-assign, assignment]
+    try:
+        records = []
+        for record in Federation(
+            config, make_bank("tiny-clip", CLASSES, config.templates), Link(bus, end), end, store
+        ).run():
+            records.append(record)
+            two_waits.set()
+    finally:
+        stop.set()
+        store.close()
+        for thread in (*threads, seen):
+            thread.join(60)
+    assert [(record.accepted, record.late) for record in records] == [(["one"], {}), (["one"], {"two": 1})]
+    updates = [kept["one", 2], kept["two", 1]]
+    mean = mean_of_factors([update.adapter for _, update in updates], [updates[0][0].samples, 0.25 * updates[1][0].samples])
+    assert encode_adapter(store.adapter(2)) == encode_adapter(mean)
 
 
 class Idle:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_lora.algebra import mean_of_factors
 from coordinator.aggregate import Contribution, aggregate
+from coordinator.checks import Late, Start
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from protocol.codec import encode_adapter
 from protocol.events import BrokerLink, ClientSeen, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
@@ -164,7 +168,7 @@ def test_a_round_goes_on_with_what_it_had_before_a_restart(expected, arrival):
 @pytest.mark.parametrize("event", [BrokerLink(up=False), ClientSeen("ann", Status(state="online"))], ids=["link", "seen"])
 def test_events_that_are_no_updates_get_no_answer(expected, event):
     assert Collection(expected, 1, START).take(event) is None
-    assert refuse_all(event) is None
+    assert refuse_all(event, 99) is None
 
 
 def test_between_rounds_every_kind_of_update_is_stale(arrival):
@@ -175,8 +179,80 @@ def test_between_rounds_every_kind_of_update_is_stale(arrival):
         UpdateUnreadable("ann", good.offer, "x"),
         OfferTooLarge("ann", good.offer, "x"),
     ):
-        answer = refuse_all(event)
+        answer = refuse_all(event, 4)
         assert (answer.client, answer.offer, answer.verdict.reason) == ("ann", good.offer, "stale-round")
+        assert refuse_all(event, 3) is None  # the next round will take what is late
+
+
+OLD_BASE = "f" * 64
+
+
+@pytest.fixture
+def late(expected):
+    """What was expected in round 2, for which ann has delivered, and from which updates count half."""
+    plan = expected.plan.model_copy(update={"round": 2})
+    starts = {client: Start(OLD_BASE, start.shapes) for client, start in expected.starts.items() if client != "dan"}
+    return {2: Late(dataclasses.replace(expected, plan=plan, starts=starts), {"ann"}, 0.5)}
+
+
+def test_a_late_update_counts_with_its_discount_and_towards_no_quorum(expected, arrival, late):
+    collection = Collection(expected, 1, START, late=late)
+    came = arrival("bob", round=2, base=OLD_BASE)
+    assert collection.take(OfferMade("bob", came.offer)) == Wanted("bob", came.offer)
+    assert collection.take(came).verdict.accepted
+    assert (collection.has_quorum, collection.silent, dict(collection.accepted)) == (False, list(CLIENTS), {})
+    assert collection.contributions == {"bob": Contribution(came.offer, came.update, 0.5)}
+    assert collection.patience(START) == 100.0
+    one = collection.take(arrival("cid"))
+    assert one.verdict.accepted
+    weights = [0.5 * came.offer.samples, one.offer.samples]
+    mean = mean_of_factors([came.update.adapter, arrival("cid").update.adapter], weights)
+    found = aggregate(collection.contributions, "mean_of_factors", 2, {})
+    assert all(mean[name].tobytes() == found[name].tobytes() for name in mean)
+
+
+@pytest.mark.parametrize("first", ["late", "new"])
+def test_of_a_client_with_a_late_and_a_new_update_the_new_one_counts(expected, arrival, late, first):
+    collection = Collection(expected, 2, START, late=late)
+    both = [arrival("bob", round=2, base=OLD_BASE), arrival("bob")]
+    for event in both if first == "late" else both[::-1]:
+        assert collection.take(event).verdict.accepted
+    assert [c.discount for c in collection.contributions.values()] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("client", "fields", "reason"),
+    [
+        ("ann", {"base": OLD_BASE}, "already-counted"),
+        ("dan", {"base": OLD_BASE}, "not-invited"),
+        ("bob", {}, "wrong-base"),
+        ("bob", {"base": OLD_BASE, "round": 1}, "stale-round"),
+        ("bob", {"base": OLD_BASE, "run": "another"}, "stale-round"),
+        ("bob", {"base": OLD_BASE, "bad": True}, "not-finite"),
+    ],
+)
+def test_a_late_update_is_held_to_what_its_own_round_asked_for(expected, arrival, late, client, fields, reason):
+    collection = Collection(expected, 1, START, late=late)
+    assert collection.take(arrival(client, **{"round": 2, **fields})).verdict.reason == reason
+    assert not collection.contributions
+
+
+def test_a_late_update_counts_once_and_can_be_taken_back(expected, arrival, late):
+    collection = Collection(expected, 1, START, late=late)
+    came = arrival("bob", round=2, base=OLD_BASE)
+    answer = collection.take(came)
+    assert collection.take(came).verdict.reason == "already-counted"
+    collection.take_back(answer)
+    assert not collection.contributions
+    assert collection.take(came).verdict.accepted
+
+
+def test_late_updates_outlive_a_restart(expected, arrival, late):
+    came = arrival("bob", round=2, base=OLD_BASE)
+    had = {"bob": Contribution(came.offer, came.update, 0.5)}
+    collection = Collection(expected, 1, START, late=late, came_late=had)
+    assert collection.contributions == had
+    assert collection.take(came).verdict.reason == "already-counted"
 
 
 @pytest.mark.parametrize("method", ["mean_of_factors", "mean_of_products"])

@@ -337,7 +337,7 @@ def a_plan(number):
 def keep(store, number, known, lesson, accepted):
     """Keep a round as the coordinator's loop does."""
     text, attention = lesson.text, lesson.attention
-    store.open(a_plan(number), dict.fromkeys(accepted, 2))
+    store.open(a_plan(number), dict.fromkeys(accepted, 2), dict.fromkeys(accepted, "0" * 64))
     store.finish(
         RoundRecord(
             round=number,

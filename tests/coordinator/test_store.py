@@ -37,6 +37,7 @@ IDENTITY = Identity(
     first_block=0,
 )
 RANKS = {"ann": 2, "bob": 1, "cid": 2, "dan": 2}
+BASES = {client: digit * 64 for client, digit in zip(RANKS, "abcd", strict=True)}
 
 
 def a_bank(version=FIRST_BANK):
@@ -123,9 +124,9 @@ def run_rounds(plan, history):
     def run(store):
         start, first, second = history
         store.start(start)
-        store.open(plan.model_copy(update={"round": 1}), RANKS)
+        store.open(plan.model_copy(update={"round": 1}), RANKS, BASES)
         store.finish(record(1, first, ["ann", "bob"]), first, lesson_of("ann", "bob"))
-        store.open(plan.model_copy(update={"round": 2}), RANKS)
+        store.open(plan.model_copy(update={"round": 2}), RANKS, BASES)
         store.finish(record(2, second, ["ann", "cid"]), second, lesson_of("ann", "cid", text=False))
         return store
 
@@ -189,7 +190,7 @@ def test_a_second_coordinator_is_turned_away_until_the_first_has_stopped(after_t
 
 
 def test_a_round_that_was_missed_keeps_what_was_known(after_two_rounds, new_store, history, plan, shapes):
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     after_two_rounds.finish(record(3, history[2], outcome="quorum-missed"), history[2], NO_LESSON)
     number, known = new_store().resume(shapes, TEXT_SHAPES)
     assert number == 3
@@ -328,7 +329,7 @@ def test_what_is_no_address_of_a_database_is_refused(tmp_path):
 
 
 def test_a_round_that_is_interrupted_is_found_with_all_that_was_answered(after_two_rounds, new_store, plan, answer):
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     accepted, blob = answer("bob", 1)
     refused, _ = answer("ann", 2, "not-finite")
     after_two_rounds.keep(accepted, blob, 3)
@@ -355,7 +356,7 @@ def test_the_answer_to_an_update_is_found_again_after_its_round_and_a_restart(
     after_two_rounds, new_store, plan, answer, history
 ):
     kept = [answer("bob", 1), answer("ann", 2, "not-finite")]
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     for one, blob in kept:
         after_two_rounds.keep(one, blob, 3)
     after_two_rounds.finish(record(3, history[2]), history[2], NO_LESSON)
@@ -369,7 +370,7 @@ def test_the_answer_to_an_update_is_found_again_after_its_round_and_a_restart(
 
 
 def test_an_answer_is_kept_once_and_as_it_was_first_given(after_two_rounds, plan, answer):
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     first, blob = answer("bob", 1)
     after_two_rounds.keep(first, blob, 3)
     after_two_rounds.keep(dataclasses.replace(first, verdict=Verdict(False, "not-finite", "x")), None, 3)
@@ -379,7 +380,7 @@ def test_an_answer_is_kept_once_and_as_it_was_first_given(after_two_rounds, plan
 
 
 def test_the_journal_itself_refuses_to_count_a_client_twice(after_two_rounds, plan, answer):
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     after_two_rounds.keep(*answer("bob", 1), 3)
     with pytest.raises(FederationError, match="the journal"):
         after_two_rounds.keep(*answer("bob", 2), 3)
@@ -387,18 +388,38 @@ def test_the_journal_itself_refuses_to_count_a_client_twice(after_two_rounds, pl
 
 
 def test_a_round_that_begins_anew_forgets_what_it_had(after_two_rounds, plan, answer):
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     kept, blob = answer("bob", 1)
     after_two_rounds.keep(kept, blob, 3)
-    after_two_rounds.open(plan, {"ann": 2})
+    after_two_rounds.open(plan, {"ann": 2}, {"ann": BASES["ann"]})
     assert after_two_rounds.opened().accepted == {}
     assert after_two_rounds.opened().ranks == {"ann": 2}
     assert after_two_rounds.answered("bob", kept.offer) is None
 
 
+def test_a_late_update_is_kept_for_the_round_in_which_it_counts(after_two_rounds, new_store, plan, answer, history):
+    after_two_rounds.open(plan, RANKS, BASES)
+    late, blob = answer("bob", 1)
+    late = dataclasses.replace(late, offer=late.offer.model_copy(update={"round": 2}))
+    after_two_rounds.keep(late, blob, 3)
+    (found,) = new_store().opened().came_late
+    assert found[:2] == ("bob", late.offer)
+    assert encode_bytes(found[2]) == encode_bytes(decode_update(blob))
+    store = new_store()
+    assert store.opened().accepted == {}
+    assert [earlier.counted for earlier in store.earlier(3, 1)] == [frozenset()]  # the open round knows of it itself
+    store.finish(record(3, history[2]), history[2], NO_LESSON)
+    assert not blob_of(store, blob).exists()
+    assert store.answered("bob", late.offer) == late
+    (two, three) = store.earlier(4, 2)
+    assert (two.plan.round, two.ranks, two.bases, two.counted) == (2, RANKS, BASES, {"bob"})
+    assert (three.plan.round, three.counted) == (3, frozenset())
+    assert store.earlier(4, 0) == []
+
+
 def test_an_update_stays_on_the_disk_until_its_round_is_over(after_two_rounds, plan, answer, history):
     kept, blob = answer("bob", 1)
-    after_two_rounds.open(plan, RANKS)
+    after_two_rounds.open(plan, RANKS, BASES)
     after_two_rounds.keep(kept, blob, 3)
     assert blob_of(after_two_rounds, blob).read_bytes() == blob
     after_two_rounds.finish(record(3, history[2]), history[2], NO_LESSON)
@@ -437,7 +458,7 @@ def test_old_rounds_are_pruned_but_the_start_the_newest_and_all_records_stay(new
         own = {**known.own, ("ann" if number == 1 else "bob"): stored(initial_adapter(shapes, 100 + number))}
         bank = a_bank(number + 1) if number < 3 else known.bank
         known = Knowledge(bank, stored(initial_adapter(shapes, number)), text, own)
-        store.open(plan.model_copy(update={"round": number}), RANKS)
+        store.open(plan.model_copy(update={"round": number}), RANKS, BASES)
         lesson = lesson_of(*(["ann"] if number == 1 else ["bob"]), text=number < 3)
         store.finish(record(number, known), known, lesson)
         assert bits(store.knowledge()) == bits(known)
@@ -502,7 +523,7 @@ def test_whatever_the_point_of_a_power_cut_the_step_happened_or_did_not_and_can_
     kept, blob = answer("bob", 1)
     steps = {
         "start": lambda store: store.start(history[0]),
-        "open": lambda store: store.open(plan, RANKS),
+        "open": lambda store: store.open(plan, RANKS, BASES),
         "keep": lambda store: store.keep(kept, blob, 3),
         "finish": lambda store: store.finish(
             record(plan.round, history[1], ["ann", "bob"]), history[1], lesson_of("ann", "bob")
@@ -575,7 +596,7 @@ def test_whichever_write_finds_no_room_nothing_false_is_kept_and_the_next_try_su
         store = Store(tmp_path / f"full-{at}")
         store.begin(IDENTITY)
         store.start(history[0])
-        store.open(plan, RANKS)
+        store.open(plan, RANKS, BASES)
         with monkeypatch.context() as patch:
             disk = FullDisk(patch, store, at)
             with contextlib.suppress(FederationError):

@@ -60,6 +60,63 @@ def kinds(steps):
     return [type(step) for step in steps]
 
 
+def patient(number, **fields):
+    """A plan that takes updates of the round before it."""
+    return ready(number, recipe=Recipe(late_rounds=1), **fields)
+
+
+def late_result(event):
+    return pack(TrainingResult(event.plan.round, event.base, NOTHING, 10, 0.5, 0.5, 1.0), event.plan.run)
+
+
+def test_what_was_trained_for_the_last_round_is_offered_late_and_the_new_round_trained(client):
+    client.on(patient(1))
+    assert kinds(client.on(patient(2))) == [Withdraw]
+    steps = client.trained(late_result(patient(1)))
+    assert kinds(steps) == [Send, Announce, Train, Announce]
+    assert (steps[0].work.parcel.offer.round, steps[2].ready.plan.round) == (1, 2)
+    (said,) = client.on(answered(patient(1)))
+    assert said.status.phase == "training"
+    assert kinds(client.trained(late_result(patient(2)))) == [Send, Announce]
+
+
+@pytest.mark.parametrize(
+    ("newest", "kept"),
+    [
+        (patient(2), True),
+        (NotDrawn(patient(2).plan.model_copy(update={"participants": ("bob",)})), True),
+        (ready(2), False),
+        (patient(3), False),
+        (patient(2, run="another"), False),
+        (finished(2), False),
+    ],
+    ids=["next", "next, not drawn", "one that takes none", "the one after", "another run", "the end"],
+)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_unanswered_update_is_offered_as_long_as_the_newest_plan_takes_it(client, newest, kept, restarted):
+    client.on(patient(1))
+    (send, _) = client.trained(late_result(patient(1)))
+    if restarted:
+        client = Participation(Status(state="online"), send.work)
+    steps = client.on(newest)
+    assert (Withdraw in kinds(steps)) == (not kept)
+    assert (Send in kinds(steps)) == (kept and restarted)
+    assert (Train in kinds(steps)) == isinstance(newest, PlanReady)
+
+
+def test_an_update_that_was_answered_is_not_offered_late(client):
+    client.on(patient(1))
+    client.trained(late_result(patient(1)))
+    client.on(answered(patient(1)))
+    assert kinds(client.on(patient(2))) == [Withdraw, Train, Announce]
+
+
+def test_a_late_result_of_a_client_that_is_not_drawn_now_is_offered_all_the_same(client):
+    client.on(patient(1))
+    client.on(NotDrawn(patient(2).plan.model_copy(update={"participants": ("bob",)})))
+    assert kinds(client.trained(late_result(patient(1)))) == [Send, Announce]
+
+
 def phase(steps):
     status = steps[-1].status
     return status.phase, status.round, status.detail
