@@ -19,6 +19,7 @@ from protocol.errors import BusError, Refused, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
 from protocol.gate import FirstUse, Gate, Trust, note
 from protocol.messages import (
+    CHUNK_SIZE,
     Adapter,
     BlobRef,
     ClassBankManifest,
@@ -37,11 +38,20 @@ from protocol.parcel import Parcel, pack
 from protocol.sealing import purpose, seal
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, Repeat, Serve, chunk_size, from_bitmap
+from protocol.transfer import (
+    CHUNK_EXPIRY_S,
+    SLOW_LINK,
+    SMALLEST_CUT,
+    Pace,
+    Repeat,
+    Serve,
+    chunk_size,
+    cut_for,
+    from_bitmap,
+)
 
 log = logging.getLogger(__name__)
 
-SMALLEST_CUT = 4096
 AnyDownload = Download[TextBank] | Download[Adapter]
 
 
@@ -73,6 +83,8 @@ class ClientEnd:
         self.gate = Gate(federation, trust or FirstUse(), None if state is None else state / "marks.json")
         self._status = Status(state="online")
         self._chunk_size = self._chunk_limit = chunk_size(None)
+        self._pace = Pace()
+        self._max_packet: int | None = None
         self._plan: RoundPlan | None = None
         self._own: dict[str, ClientAdapter] = {}  # by run: the open plan's, and at most one other
         self._announced: tuple[object, ...] | None = None
@@ -100,6 +112,8 @@ class ClientEnd:
 
     def offer(self, parcel: Parcel) -> list[Action]:
         """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if too large."""
+        if self._pace.rate is not None and self._pace.rate >= SLOW_LINK:
+            self._limit_chunks(CHUNK_SIZE)  # the link was slow once, and is so no longer
         counted = parcel.offer.model_copy(update={"bytes_received": self.bytes_received})
         cut = Parcel(counted, parcel.blob).cut(self._chunk_size)
         self._upload = _Upload(cut, Serve(cut.blob, cut.offer.blob), Repeat(self._rng))
@@ -138,19 +152,24 @@ class ClientEnd:
         if upload is not None:
             if drained:
                 upload.serve.landed()
+            if drained and room > 0 and self._pace.landed(now):
+                self._heed_pace(upload)
             if upload.serve.busy:
                 upload.repeat.answered(now)
             elif upload.repeat.due(now):
                 actions.append(self._manifest("offer", upload.offer))
             for index, data in upload.serve.take(room, now):
                 upload.sent.add(index)
+                self._pace.sent(len(data), now)
                 topic = self.topics.upload(self._id, upload.offer.blob.sha256, index)
                 actions.append(Publish(topic, data, expiry_s=CHUNK_EXPIRY_S))
         return actions
 
     def _connected(self, max_packet: int | None) -> list[Action]:
+        self._pace.lost()
+        self._max_packet = max_packet
         try:
-            self._cut_anew(min(chunk_size(max_packet), self._chunk_limit))
+            self._limit_chunks(self._chunk_limit)
         except WireError as error:
             raise BusError(
                 f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
@@ -165,8 +184,10 @@ class ClientEnd:
             self._upload.tried, self._upload.sent = self._upload.sent, set()
         return [*actions, self._publish_status(self._status)]
 
-    def _cut_anew(self, size: int) -> None:
-        """Cut the upload for a broker that takes packets of another size."""
+    def _limit_chunks(self, limit: int) -> None:
+        """Cut uploads in chunks of at most `limit` bytes from now on, which the broker takes, too."""
+        self._chunk_limit = limit
+        size = min(chunk_size(self._max_packet), limit)
         if size == self._chunk_size:
             return
         self._chunk_size = size
@@ -326,9 +347,17 @@ class ClientEnd:
         fruitless = bool(upload.tried) and upload.tried <= missing
         upload.tried = set()
         if fruitless and self._chunk_size > SMALLEST_CUT:
-            self._chunk_limit = max(SMALLEST_CUT, self._chunk_size // 2)
-            log.info("no chunk came through: from now on they have %d bytes", self._chunk_limit)
-            self._cut_anew(self._chunk_limit)
+            log.info("no chunk of %d bytes came through", self._chunk_size)
+            self._limit_chunks(max(SMALLEST_CUT, self._chunk_size // 2))
+            upload.repeat.again()
+
+    def _heed_pace(self, upload: _Upload) -> None:
+        """Cut smaller on a slow link: a chunk that takes long holds up all else, and is long to repeat."""
+        rate = self._pace.rate
+        assert rate is not None
+        if cut_for(rate) < self._chunk_size:
+            log.info("the link takes %.0f kbit/s: chunks have %d bytes from now on", rate * 8 / 1000, cut_for(rate))
+            self._limit_chunks(cut_for(rate))
             upload.repeat.again()
 
     def _receipt(self, receipt: Receipt) -> tuple[list[Action], list[ClientEvent]]:

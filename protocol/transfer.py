@@ -23,6 +23,9 @@ PACKET_MARGIN = 512
 NEED_S = 6.0
 NUDGE_S = 1.0
 PATIENCE = 4.0
+SMALLEST_CUT = 4096
+SLOW_LINK = 128_000 / 8  # bytes a second
+SLOW_CHUNK_S = 3.0
 
 
 def chunk_size(max_packet: int | None) -> int:
@@ -30,6 +33,41 @@ def chunk_size(max_packet: int | None) -> int:
     if max_packet is None:
         return CHUNK_SIZE
     return max(MIN_CHUNK_SIZE, min(CHUNK_SIZE, max_packet - PACKET_MARGIN))
+
+
+def cut_for(rate: float) -> int:
+    """Return how large chunks should be on a link of `rate` bytes a second: whole, or of three seconds if it is slow."""
+    size = CHUNK_SIZE
+    while rate < SLOW_LINK and size > SMALLEST_CUT and size > rate * SLOW_CHUNK_S:
+        size //= 2
+    return size
+
+
+class Pace:
+    """How fast what is sent reaches the broker, in bytes a second: from the first chunk given out until all have landed."""
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+        self._bytes = 0
+        self._since = 0.0
+
+    def sent(self, size: int, now: float) -> None:
+        """Note that a chunk was given out."""
+        if not self._bytes:
+            self._since = now
+        self._bytes += size
+
+    def landed(self, now: float) -> bool:
+        """Note that nothing is under way; return whether `rate` is new."""
+        size, self._bytes = self._bytes, 0
+        if size and now > self._since:
+            self.rate = size / (now - self._since)
+            return True
+        return False
+
+    def lost(self) -> None:
+        """Forget what was under way: its link is gone."""
+        self._bytes = 0
 
 
 def to_bitmap(indices: set[int], chunks: int) -> str:

@@ -35,7 +35,7 @@ from protocol.parcel import Parcel, pack
 from protocol.sealing import SEALING_BYTES, Unsealer
 from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
-from protocol.transfer import to_bitmap
+from protocol.transfer import cut_for, to_bitmap
 
 TOPICS = Topics("fed")
 SMALL_PACKETS = 1600  # chunks of 1088 bytes: a few dozen a blob
@@ -428,10 +428,10 @@ def test_no_more_clients_than_allowed_upload_at_a_time_and_all_come_through(new_
     assert max(uploading) == 2
 
 
-def asks(network, index: int = 0) -> Delivery:
-    """The coordinator asks for the upload's chunks from `index` on."""
+def asks(network, index: int = 0, end: int | None = None) -> Delivery:
+    """The coordinator asks for the upload's chunks from `index` on, to before `end`."""
     ref = network.ends["a"]._upload.offer.blob
-    need = Need(sha256=ref.sha256, missing=to_bitmap(set(range(index, ref.chunks)), ref.chunks))
+    need = Need(sha256=ref.sha256, missing=to_bitmap(set(range(index, end or ref.chunks)), ref.chunks))
     return network.signed("coordinator", TOPICS.to("a", "need"), need)
 
 
@@ -453,6 +453,46 @@ def test_on_a_link_that_brings_no_chunk_through_they_are_cut_smaller(new_network
     assert sizes == [65536, 32768, 16384, 8192, 4096, 4096, 4096]
     end.handle(Connected(None), 4.0)
     assert end._upload.offer.blob.chunk_size == 4096  # the next connection begins with what was learnt
+
+
+def test_on_a_slow_link_chunks_are_cut_smaller_and_on_a_better_one_whole_again(new_network):
+    network = new_network("a")
+    end = network.ends["a"]
+    rows = np.ones((4, 200_000), np.float32)
+    parcel = pack(dataclasses.replace(a_result(), update=dataclasses.replace(a_result().update, adapter={"x.lora_A": rows})))
+    end.offer(parcel)
+
+    def size_after(seconds: float) -> int:
+        """Send two chunks that take so long, and see how the upload is cut then; offered anew, if it is cut anew."""
+        before = end._upload.offer.blob.chunk_size
+        end.handle(asks(network, 0, 2), 10.0)
+        assert len([action for action in end.tick(10.0, 8) if "blob" in action.topic]) == 2
+        assert not end.tick(10.0 + seconds / 2, 0, drained=False)
+        said = end.tick(10.0 + seconds, 1)
+        after = end._upload.offer.blob.chunk_size
+        assert after == before or "offer" in {parse(action.topic).kind for action in said}
+        return after
+
+    assert size_after(7.9) == 65536  # 128 kbit/s are not below it
+    assert size_after(8.5) == 32768
+    assert size_after(16.5) == 8192
+    assert size_after(0.1) == 8192  # an upload is cut smaller only
+    end.offer(parcel)
+    assert end._upload.offer.blob.chunk_size == 65536
+    end.handle(asks(network, 0, 2), 20.0)
+    end.tick(20.0, 8)
+    end.handle(Connected(None), 99.0)  # what was under way is lost: that says nothing of the pace
+    end.handle(asks(network, 1), 99.0)
+    end.tick(99.0, 1)
+    assert end._upload.offer.blob.chunk_size == 65536
+
+
+@given(st.floats(1, 1e9))
+def test_a_chunk_takes_three_seconds_on_a_slow_link_unless_it_is_the_smallest(rate):
+    size = cut_for(rate)
+    assert 4096 <= size <= 65536
+    assert size & (size - 1) == 0
+    assert (size == 65536) if rate >= 16_000 else (size / rate <= 3.0 or size == 4096)
 
 
 def test_a_connection_that_brought_something_through_changes_no_size(new_network):
