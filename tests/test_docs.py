@@ -1,17 +1,25 @@
-"""What docs/wire.md shows is what travels: its examples are read, one of each kind, and its topics are the topics."""
+"""What the docs say is what the code does: the wire's examples and topics, and every verdict and exit code.
+
+Each example of docs/wire.md is read, one of each kind; docs/operations.md lists whatever verdict stands in the code.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from clipcast import exit_codes
 from protocol.envelope import COORDINATOR, KINDS, decode, encode
 from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
 
-WIRE = (Path(__file__).parent.parent / "docs" / "wire.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+VERDICTS_FIRST = ("rejected", "Refused")  # functions whose first argument is a verdict
 EXAMPLES = re.findall(r"```json\n(.*?)```", WIRE, re.DOTALL)
 
 
@@ -46,3 +54,38 @@ def test_the_topics_of_the_table_are_the_topics() -> None:
     ]
     assert all(parse(topic.replace("KIND", "need")).federation == "lab" for topic in filled)
     assert COORDINATOR in WIRE
+
+
+def verdicts() -> set[str]:
+    """The verdicts that the code can give: literals, or constants of their module."""
+    found = set()
+    for path in (*(ROOT / "protocol").glob("*.py"), *(ROOT / "coordinator").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            target.id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in VERDICTS_FIRST:
+                first = node.args[0]
+                if isinstance(first, ast.Constant):
+                    found.add(first.value)
+                elif isinstance(first, ast.Name) and first.id in constants:
+                    found.add(constants[first.id])
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UpdateUnreadable":
+                found |= {argument.value for argument in node.args[3:] if isinstance(argument, ast.Constant)}
+    return found
+
+
+def test_every_verdict_has_its_cause_and_cure() -> None:
+    assert {"not-finite", "replayed", "not-sealed", "stale-round", "revoked"} <= verdicts()
+    for verdict in verdicts():
+        assert f"`{verdict}`" in OPERATIONS, f"docs/operations.md lacks {verdict}"
+
+
+def test_every_exit_code_has_its_meaning() -> None:
+    for code in {*exit_codes.CODES.values(), exit_codes.MISSING, exit_codes.INTERRUPTED, exit_codes.BUG, exit_codes.USAGE}:
+        assert f"\n| {code} |" in OPERATIONS, f"docs/operations.md lacks exit code {code}"
