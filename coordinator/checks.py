@@ -106,8 +106,9 @@ def _check_features(update: Update, expected: Expectation) -> Verdict | None:
             return rejected("unknown-class", f"{name} name a class outside 0 to {expected.classes - 1}")
         if np.any(np.abs(np.linalg.norm(rows, axis=1) - 1.0) > UNIT_TOLERANCE):
             return rejected("not-unit", f"{name} are not of unit length")
-    if np.any(update.prototype_counts < 1) or len(set(update.prototype_classes.tolist())) != len(update.prototypes):
-        return rejected("bad-counts", "every prototype needs its own class and a count of at least 1")
+    least = expected.plan.recipe.min_prototype_count
+    if np.any(update.prototype_counts < least) or len(set(update.prototype_classes.tolist())) != len(update.prototypes):
+        return rejected("bad-counts", f"every prototype needs its own class and a count of at least {least}")
     if np.any(update.prototype_correct < 0) or np.any(update.prototype_correct > update.prototype_counts):
         return rejected("bad-counts", "of a class's samples, 0 to all can be predicted correctly")
     most = np.bincount(update.labels, minlength=1).max(initial=0)

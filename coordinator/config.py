@@ -47,6 +47,7 @@ batch_size = 16
 # late_rounds = 0                     # an update may come so many rounds late; it then counts in the average alone
 # late_discount = 0.5                 # its weight is multiplied by this for each round
 # features_of = "all"                 # "correct": of correctly predicted pictures only
+# min_prototype_count = 5             # of a class with fewer pictures on a device, neither prototype nor count leaves it
 
 # [recipe.text]                       # the coordinator's own training, on the uploaded features
 # steps = 20                          # 0 leaves the text side as it is

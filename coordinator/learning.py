@@ -119,7 +119,10 @@ def stored(adapter: Adapter) -> Adapter:
 
 
 def class_accuracy(contributions: Mapping[str, Contribution], bank: TextBank) -> dict[str, float]:
-    """Return by class the share of the clients' own pictures that they predicted correctly, after training."""
+    """Return by class the share of the clients' own pictures that they predicted correctly, after training.
+
+    Of classes that have a prototype: clients tell of no others.
+    """
     seen, correct = np.zeros(len(bank.classes), np.int64), np.zeros(len(bank.classes), np.int64)
     for contribution in contributions.values():
         update = contribution.update

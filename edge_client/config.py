@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from protocol.envelope import COORDINATOR
-from protocol.messages import Name
+from protocol.messages import Name, Recipe
 from protocol.settings import BrokerSettings, beside, load_settings, model_beside
 from protocol.signing import public_key
 
@@ -31,6 +31,7 @@ data = "{data}"
 # batch_size = 16                # upper limit for this device; the federation's recipe may ask for less
 # threads = 2                    # CPU threads for training
 # device = "cuda"                # "cpu" or "cuda"; without it the profile decides
+# min_prototype_count = 20       # classes of fewer pictures stay on this device; the recipe may ask for more, not for less
 # model = "/opt/models/clip"     # a local copy of the federation's model; without it the federation's name is loaded
 
 [broker]
@@ -56,6 +57,7 @@ class ClientConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
     device: Literal["cpu", "cuda"] | None = None
+    min_prototype_count: Annotated[int, Field(ge=1)] = 1
     model: str | None = None
     broker: BrokerSettings = BrokerSettings()
 
@@ -92,12 +94,21 @@ class ClientConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Placement:
-    """How this device trains: settings over profile. `batch_size` and `max_rank` are upper limits."""
+    """How this device trains: settings over profile. `batch_size` and `max_rank` are upper limits.
+
+    `min_prototype_count` is a lower one: of two, the plan's and the device's own, the larger counts.
+    """
 
     bits: Literal[4, 8, 32]
     batch_size: int
     max_rank: int
     device: Literal["cpu", "cuda"]
+    min_prototype_count: int = 1
+
+    def stricter(self, recipe: Recipe) -> Recipe:
+        """Return the recipe as this device carries it out."""
+        least = max(recipe.min_prototype_count, self.min_prototype_count)
+        return recipe.model_copy(update={"min_prototype_count": least})
 
 
 def load(path: Path) -> ClientConfig:

@@ -31,7 +31,13 @@ def place(config: ClientConfig, profile: Profile) -> Placement:
     threads = config.threads or profile.threads
     if threads:
         torch.set_num_threads(threads)
-    return Placement(config.bits or profile.bits, config.batch_size or profile.batch_size, profile.max_rank, device)
+    return Placement(
+        config.bits or profile.bits,
+        config.batch_size or profile.batch_size,
+        profile.max_rank,
+        device,
+        config.min_prototype_count,
+    )
 
 
 def new_client(config: ClientConfig, profile: Profile, done: Work | None = None) -> tuple[Trainer, Participation, Status]:

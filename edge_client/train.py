@@ -103,7 +103,7 @@ class Trainer:
         """Train one round, from its checkpoint if there is one, and return what goes up; raises TrainingStopped."""
         plan, bank = ready.plan, ready.bank
         started = time.monotonic()
-        recipe = plan.recipe.at_rank(rank_of(ready.adapter))
+        recipe = self._placement.stricter(plan.recipe.at_rank(rank_of(ready.adapter)))
         encoder, data = self.prepare(bank, recipe)
         seed = derive_seed(plan.seed, plan.round, self._id)
         load_adapter(encoder.model, ready.adapter)
@@ -175,15 +175,16 @@ def summarise(
 ) -> tuple[Update, float]:
     """Return the update and the training accuracy.
 
-    Prototypes are the unit means of v(x) over all samples of a class. Features are of correctly predicted
-    samples, or of all, a seeded draw of at most `features_per_class` of each class (docs/method.md, step 3), as the `start`
-    adapter sees them or as the trained one does.
+    Prototypes are the unit means of v(x) over all samples of a class that has `min_prototype_count` of them. Features are of
+    correctly predicted samples, or of all, a seeded draw of at most `features_per_class` of each class (docs/method.md,
+    step 3), as the `start` adapter sees them or as the trained one does.
     """
     adapter: Adapter = adapter_state(encoder.model)
     features = encode(encoder, data)
     correct = (features @ bank.embeddings.T).argmax(axis=1) == data.labels
     present = np.unique(data.labels)
-    means = np.stack([features[data.labels == c].mean(axis=0) for c in present])
+    shown = np.array([c for c in present if (data.labels == c).sum() >= recipe.min_prototype_count], np.int32)
+    means = np.array([features[data.labels == c].mean(axis=0) for c in shown]).reshape(-1, features.shape[1])
     order = np.random.default_rng(seed).permutation(len(data))
     wanted = correct if recipe.features_of == "correct" else np.ones(len(data), bool)
     chosen = [order[(data.labels[order] == c) & wanted[order]][: recipe.features_per_class] for c in present]
@@ -196,9 +197,9 @@ def summarise(
     update = Update(
         adapter,
         (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32),
-        present.astype(np.int32),
-        np.array([(data.labels == c).sum() for c in present], np.int32),
-        np.array([((data.labels == c) & correct).sum() for c in present], np.int32),
+        shown,
+        np.array([(data.labels == c).sum() for c in shown], np.int32),
+        np.array([((data.labels == c) & correct).sum() for c in shown], np.int32),
         sent,
         data.labels[picked].astype(np.int32),
     )

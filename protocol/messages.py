@@ -80,6 +80,7 @@ class Recipe(BaseModel):
     features_of: Literal["correct", "all"] = "all"
     features_from: Literal["start", "trained"] = "start"
     late_rounds: Annotated[int, Field(ge=0, le=100)] = 0
+    min_prototype_count: Annotated[int, Field(ge=1, le=1_000_000)] = 5
 
     def at_rank(self, rank: int) -> Recipe:
         """Return the recipe for a device of another rank: alpha / rank stays, so that B A means the same everywhere."""
@@ -212,7 +213,7 @@ class Update:
     """What a client learned: adapter, unit class prototypes (P, D) with counts, unit features (F, D) with labels.
 
     `prototype_classes` (P,) and `labels` (F,) are indices into the class bank; of the `prototype_counts` (P,) samples of
-    a class, `prototype_correct` (P,) were predicted correctly.
+    a class, `prototype_correct` (P,) were predicted correctly. P is 0 if no class has `min_prototype_count` samples.
     """
 
     adapter: Adapter

@@ -72,6 +72,7 @@ GIVEN: dict[str, Any] = {
     "local_steps": 3,
     "batch_size": 8,
     "features_per_class": 2,
+    "min_prototype_count": 1,
     "text": {"steps": 3, "aligning_round": False},
     "personal": {"start": "own", "closing_steps": 0},
 }
@@ -345,7 +346,7 @@ def test_a_coordinator_killed_in_a_round_gets_the_same_round_again(
     settings = tmp_path / "coordinator.toml"
     settings.write_text(
         f"federation = 'flow'\nclasses = {list(CLASSES)}\nrounds = 2\nseed = 7\n"
-        f"recipe = {{ local_steps = 3, batch_size = 8, features_per_class = 2, "
+        f"recipe = {{ local_steps = 3, batch_size = 8, features_per_class = 2, min_prototype_count = 1, "
         f"text = {{ steps = 3, aligning_round = false }}, personal = {{ start = 'own', closing_steps = 0 }} }}\n"
         f"[broker]\nurl = '{embedded}'\n"
     )

@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared" / "data" / "cifar10"
 # The image side is adapted in the last two of tiny-clip's six blocks in all recipes but feddtl: the others' output is kept.
 COMMON = "+first_block=-2"
+# A client has one or two pictures of a class in some of the settings. They are public, and the clients virtual.
+ALL_PROTOTYPES = "+min_prototype_count=1"
 CLOSING = "+personal.closing_steps=20"
 LADDER = {
     "zero-shot": "zero-shot",
@@ -72,7 +74,7 @@ class Block:
         specs = {}
         for label, recipe in self.recipes.items():
             name, plus, overrides = recipe.partition("+")
-            specs[label] = name + settings[name] + plus + overrides  # what comes last wins
+            specs[label] = name + ALL_PROTOTYPES + settings[name] + plus + overrides  # what comes last wins
         return specs
 
     @property

@@ -38,7 +38,7 @@ def plan() -> RoundPlan:
         classes="c" * 64,
         adapter=reference(b"the global adapter"),
         participants=("ann", "bob", "cid", "dan"),
-        recipe=Recipe(rank=2, features_per_class=2),
+        recipe=Recipe(rank=2, features_per_class=2, min_prototype_count=1),
         seed=0,
         deadline_s=100.0,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -181,6 +183,15 @@ def test_how_many_of_a_class_are_correct_may_be_none_or_all(make_update, expecte
     counts = make_update().prototype_counts
     for correct in (counts * 0, counts):
         assert check_update("ann", make_update(prototype_correct=correct), expected).accepted
+
+
+@pytest.mark.parametrize(("smallest", "reason"), [(4, "bad-counts"), (5, "accepted"), (6, "accepted")])
+def test_a_prototype_of_fewer_samples_than_the_plan_allows_is_refused(make_update, expected, smallest, reason):
+    strict = expected.plan.recipe.model_copy(update={"min_prototype_count": 5})
+    plan = replace(expected, plan=expected.plan.model_copy(update={"recipe": strict}))
+    verdict = check_update("ann", make_update(prototype_counts=np.array([9, smallest], np.int32)), plan)
+    assert verdict.reason == reason
+    assert verdict.accepted or "at least 5" in verdict.detail
 
 
 OTHER_BASE = "b" * 64

@@ -106,6 +106,12 @@ def test_settings_win_over_the_profile():
     assert torch.get_num_threads() == 1
 
 
+def test_the_smallest_class_that_may_leave_comes_from_the_settings():
+    profile = load_profile("generic-cpu")
+    assert place(config(), profile).min_prototype_count == 1
+    assert place(config(min_prototype_count=20), profile).min_prototype_count == 20
+
+
 def test_threads_come_from_the_profile_and_zero_leaves_them_alone():
     torch.set_num_threads(1)
     place(config(), load_profile("generic-cpu"))

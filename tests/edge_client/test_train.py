@@ -74,6 +74,20 @@ def test_prototypes_are_unit_class_means_over_all_samples_with_their_counts(
     assert update.prototype_correct.sum() == pytest.approx(share * len(data))
 
 
+@pytest.mark.parametrize("least", [1, 5, 6, 12, 25])
+def test_classes_of_too_few_samples_have_neither_prototype_nor_counts(encoder, dataset, bank, recipe, start, least):
+    labels = np.array([0] * 5 + [2] * 12 + [1] * 7, np.int32)
+    data = Dataset(dataset.pictures, labels, dataset.preprocessing)
+    told = {}
+    for how in (1, least):
+        update, _ = summarise(encoder, data, bank, recipe.model_copy(update={"min_prototype_count": how}), 0, start)
+        rows = zip(update.prototype_counts, update.prototype_correct, update.prototypes, strict=True)
+        told[how] = {c: (n, right, row.tobytes()) for c, (n, right, row) in zip(update.prototype_classes, rows, strict=True)}
+        assert update.prototypes.shape == (len(update.prototype_classes), 256)
+    counts = {0: 5, 1: 7, 2: 12}
+    assert told[least] == {c: told[1][c] for c, count in counts.items() if count >= least}
+
+
 @pytest.mark.parametrize("cap", [0, 1, 3, 1000])
 @pytest.mark.parametrize("labelled", ["dataset", "shuffled"])
 def test_uploaded_features_are_of_correctly_predicted_samples_at_most_the_cap_of_each_class(

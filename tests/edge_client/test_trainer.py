@@ -54,6 +54,15 @@ def test_another_client_or_round_takes_other_steps(result, make_trainer, make_re
     assert encode_update(other.update) != encode_update(result.update)
 
 
+@pytest.mark.parametrize(("of_plan", "of_device", "left"), [(8, 1, 3), (9, 1, 0), (1, 9, 0), (8, 8, 3), (1, 8, 3)])
+def test_the_stricter_of_plan_and_device_decides_which_prototypes_leave(
+    make_trainer, make_ready, bank, recipe, of_plan, of_device, left
+):
+    ready = make_ready(bank, recipe.model_copy(update={"min_prototype_count": of_plan}))
+    update = make_trainer(min_prototype_count=of_device).run(ready, never).update
+    assert len(update.prototypes) == len(update.prototype_counts) == left  # eight pictures a class
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_device_trains_with_the_bits_it_is_given(make_trainer, make_ready, bank, recipe, bits):
     encoder, _ = make_trainer(bits=bits).prepare(bank, recipe)
