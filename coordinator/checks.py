@@ -109,7 +109,8 @@ def _check_features(update: Update, expected: Expectation) -> Verdict | None:
     least = expected.plan.recipe.min_prototype_count
     if np.any(update.prototype_counts < least) or len(set(update.prototype_classes.tolist())) != len(update.prototypes):
         return rejected("bad-counts", f"every prototype needs its own class and a count of at least {least}")
-    if np.any(update.prototype_correct < 0) or np.any(update.prototype_correct > update.prototype_counts):
+    told = update.prototype_counts[: len(update.prototype_correct)]  # all, or none
+    if np.any(update.prototype_correct < 0) or np.any(update.prototype_correct > told):
         return rejected("bad-counts", "of a class's samples, 0 to all can be predicted correctly")
     most = np.bincount(update.labels, minlength=1).max(initial=0)
     if most > expected.plan.recipe.features_per_class:

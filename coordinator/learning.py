@@ -121,11 +121,13 @@ def stored(adapter: Adapter) -> Adapter:
 def class_accuracy(contributions: Mapping[str, Contribution], bank: TextBank) -> dict[str, float]:
     """Return by class the share of the clients' own pictures that they predicted correctly, after training.
 
-    Of classes that have a prototype: clients tell of no others.
+    Of classes that have a prototype, and of clients that tell: under `privacy` none does.
     """
     seen, correct = np.zeros(len(bank.classes), np.int64), np.zeros(len(bank.classes), np.int64)
     for contribution in contributions.values():
         update = contribution.update
+        if not len(update.prototype_correct):
+            continue
         np.add.at(seen, update.prototype_classes, update.prototype_counts)
         np.add.at(correct, update.prototype_classes, update.prototype_correct)
     return {name: float(correct[c] / seen[c]) for c, name in enumerate(bank.classes) if seen[c]}

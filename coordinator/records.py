@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -58,7 +59,8 @@ class RoundRecord(BaseModel):
 
     `late` says whose updates of which earlier rounds counted, too. `class_accuracy` is the share of the clients' own
     pictures of a class that they predicted correctly after training; `own` names the clients whose own adapters the round
-    made; `bank_version` is the class bank that goes with the global adapter, whose blob is named by `adapter_sha256`.
+    made; `bank_version` is the class bank that goes with the global adapter, whose blob is named by `adapter_sha256`;
+    `epsilon` is what each client has spent of its privacy so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +82,13 @@ class RoundRecord(BaseModel):
     own: list[str] = []
     attention: AttentionRecord | None = None
     class_accuracy: dict[str, float] = {}
+    epsilon: dict[str, float] = {}
+
+
+def mean_told(told: Iterable[tuple[float | None, int]]) -> float | None:
+    """Return the mean of values by their weights, of those that are told; None if none is."""
+    known = [(value, weight) for value, weight in told if value is not None]
+    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
 
 
 class Identity(BaseModel):

@@ -17,7 +17,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.devices import Devices
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
-from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
+from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord, mean_told
 from coordinator.store import Opened, Store
 from protocol.codec import encode_adapter, sha256
 from protocol.coordinator_end import CoordinatorEnd
@@ -345,8 +345,8 @@ class Federation:
             silent=collection.silent,
             late={client: c.offer.round for client, c in collection.contributions.items() if c.discount < 1.0},
             samples=samples,
-            loss=sum(o.loss * o.samples for o in offers.values()) / samples if samples and trained else None,
-            train_accuracy=sum(o.accuracy * o.samples for o in offers.values()) / samples if samples else None,
+            loss=mean_told((o.loss, o.samples) for o in offers.values()) if trained else None,
+            train_accuracy=mean_told((o.accuracy, o.samples) for o in offers.values()),
             seconds=seconds,
             bytes_up=bytes_up,
             bytes_down={client: offer.bytes_received for client, offer in offers.items()},
@@ -356,4 +356,5 @@ class Federation:
             own=list(lesson.renewed),
             attention=attention and AttentionRecord.of(attention),
             class_accuracy=lesson.class_accuracy,
+            epsilon={client: offer.epsilon for client, offer in offers.items() if offer.epsilon is not None},
         )

@@ -140,7 +140,8 @@ def decode_update(blob: bytes) -> Update:
     features = _take(arrays, "features", np.int8, 2)
     scales = _take(arrays, "feature_scales", np.float32, 1)
     labels = _take(arrays, "labels", np.int32, 1)
-    if not len(prototypes) == len(classes) == len(counts) == len(correct) or not len(features) == len(scales) == len(labels):
+    told = len(correct) in (0, len(prototypes))
+    if not (told and len(prototypes) == len(classes) == len(counts)) or not len(features) == len(scales) == len(labels):
         raise WireError("update whose prototypes, counts, features and labels differ in number")
     if not np.all((scales > 0) & (scales <= 1.0)):
         raise WireError("update whose feature scales are not above 0 and at most 1")

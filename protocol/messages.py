@@ -64,6 +64,20 @@ class BlobRef(BaseModel):
         return min(self.chunk_size, self.size - index * self.chunk_size)
 
 
+class Privacy(BaseModel):
+    """What one picture may show in all that a device sends, at most (docs/method.md, "Differential privacy").
+
+    `clip` bounds the L2 norm of the adapter's change in a round. Noise is Gaussian, its standard deviation
+    `noise_multiplier` times the sensitivity to one picture. No device goes beyond `epsilon` at `delta`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, le=1e-3)]  # one in a thousand pictures told in full would be within a larger one
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Recipe(BaseModel):
     """How a client trains: the LoRA shape, the optimiser, and what it may upload (docs/method.md, steps 2 and 3)."""
 
@@ -81,6 +95,7 @@ class Recipe(BaseModel):
     features_from: Literal["start", "trained"] = "start"
     late_rounds: Annotated[int, Field(ge=0, le=100)] = 0
     min_prototype_count: Annotated[int, Field(ge=1, le=1_000_000)] = 5
+    privacy: Privacy | None = None
 
     def at_rank(self, rank: int) -> Recipe:
         """Return the recipe for a device of another rank: alpha / rank stays, so that B A means the same everywhere."""
@@ -90,6 +105,15 @@ class Recipe(BaseModel):
     def _projections_are_a_set(self) -> Recipe:
         if not self.projections or len(set(self.projections)) != len(self.projections):
             raise ValueError("projections must name at least one projection, each once")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_covers_all_that_leaves(self) -> Recipe:
+        if self.privacy is not None and self.features_per_class:
+            raise ValueError(
+                "privacy needs features_per_class = 0: a feature is one picture's embedding, which no noise here covers; "
+                "the text side then learns from prototypes"
+            )
         return self
 
 
@@ -140,7 +164,11 @@ class ClientAdapter(Manifest):
 
 
 class Offer(Manifest):
-    """A client has an update: what it is, and how the training went. The arrays are in the blob."""
+    """A client has an update: what it is, and how the training went. The arrays are in the blob.
+
+    Under the plan's `privacy` nothing is told of loss, accuracy and time; `samples` is what the noisy counts sum to, and
+    `epsilon` is what this device has spent so far, with this update, at the plan's delta.
+    """
 
     kind: ClassVar[str] = "offer"
     run: Name | None = None
@@ -148,9 +176,10 @@ class Offer(Manifest):
     base: Sha256
     blob: BlobRef
     samples: Annotated[int, Field(ge=1, le=2**40)]
-    loss: Finite
-    accuracy: Finite
-    train_seconds: Finite
+    loss: Finite | None = None
+    accuracy: Finite | None = None
+    train_seconds: Finite | None = None
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     bytes_received: Count
 
 
@@ -213,7 +242,8 @@ class Update:
     """What a client learned: adapter, unit class prototypes (P, D) with counts, unit features (F, D) with labels.
 
     `prototype_classes` (P,) and `labels` (F,) are indices into the class bank; of the `prototype_counts` (P,) samples of
-    a class, `prototype_correct` (P,) were predicted correctly. P is 0 if no class has `min_prototype_count` samples.
+    a class, `prototype_correct` (P,), or (0,) if the client does not tell, were predicted correctly. P is 0 if no class has
+    `min_prototype_count` samples.
     """
 
     adapter: Adapter
@@ -236,12 +266,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """An update with what its offer tells about it."""
+    """An update with what its offer tells about it; None is not told."""
 
     round: int
     base: str
     update: Update
     samples: int
-    loss: float
-    accuracy: float
-    train_seconds: float
+    loss: float | None
+    accuracy: float | None
+    train_seconds: float | None
+    epsilon: float | None = None

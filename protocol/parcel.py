@@ -38,6 +38,7 @@ def pack(result: TrainingResult, run: str | None = None, seal: Callable[[bytes],
             loss=result.loss,
             accuracy=result.accuracy,
             train_seconds=result.train_seconds,
+            epsilon=result.epsilon,
             bytes_received=0,
         )
     except ValidationError as error:

@@ -130,8 +130,10 @@ def rounds(
 
 def _line(record: RoundRecord) -> str:
     """Say how a round went."""
-    loss = "no update" if record.loss is None else f"loss {record.loss:.3f}"
+    loss = "no loss told" if record.loss is None else f"loss {record.loss:.3f}"
+    spent = f", epsilon up to {max(record.epsilon.values()):.2f}" if record.epsilon else ""
     return (
-        f"round {record.round}: {record.outcome}, {len(record.accepted)} accepted, {len(record.rejected)} rejected, {loss}, "
-        f"{record.seconds:.1f} s, {sum(record.bytes_up.values()) / 1e6:.2f} MB up -> adapter {record.adapter_sha256[:12]}"
+        f"round {record.round}: {record.outcome}, {len(record.accepted)} accepted, {len(record.rejected)} rejected, "
+        f"{loss}{spent}, {record.seconds:.1f} s, {sum(record.bytes_up.values()) / 1e6:.2f} MB up "
+        f"-> adapter {record.adapter_sha256[:12]}"
     )

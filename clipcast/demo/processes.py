@@ -39,7 +39,7 @@ class Process:
 def write_settings(settings: DemoSettings, layout: Layout, broker: str) -> tuple[Path, list[Path]]:
     """Write the coordinator's and the clients' TOML; return their paths."""
     threads = max(1, (os.cpu_count() or 1) // settings.clients)
-    training = settings.recipe.model_dump(mode="json", include=set(Recipe.model_fields))
+    training = settings.recipe.model_dump(mode="json", include=set(Recipe.model_fields), exclude_none=True)
     recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in training.items())
     coordinator = settings.out / "coordinator.toml"
     coordinator.write_text(

@@ -185,6 +185,10 @@ def test_how_many_of_a_class_are_correct_may_be_none_or_all(make_update, expecte
         assert check_update("ann", make_update(prototype_correct=correct), expected).accepted
 
 
+def test_how_many_are_correct_may_be_left_out(make_update, expected):
+    assert check_update("ann", make_update(prototype_correct=np.zeros(0, np.int32)), expected).accepted
+
+
 @pytest.mark.parametrize(("smallest", "reason"), [(4, "bad-counts"), (5, "accepted"), (6, "accepted")])
 def test_a_prototype_of_fewer_samples_than_the_plan_allows_is_refused(make_update, expected, smallest, reason):
     strict = expected.plan.recipe.model_copy(update={"min_prototype_count": 5})

@@ -16,7 +16,7 @@ from coordinator.checks import Expectation, Start, check_update
 from coordinator.errors import FederationError
 from coordinator.learning import Knowledge, Learner, class_accuracy, stored
 from coordinator.recipe import FederationRecipe
-from coordinator.records import AttentionRecord, Identity, RoundRecord, TextRecord
+from coordinator.records import AttentionRecord, Identity, RoundRecord, TextRecord, mean_told
 from coordinator.store import Store
 from coordinator.text_bank import make_bank
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference, sha256
@@ -310,6 +310,19 @@ def test_class_accuracy_equals_a_loop_over_clients_and_classes(bank):
             correct[CLASSES[c]] += int(right)
     assert class_accuracy(arrived, bank) == {name: correct[name] / seen[name] for name in CLASSES}
     assert class_accuracy(arrived, bank) == {"zero": 6 / 12, "one": 17 / 35, "cat": 0.0}
+
+
+def test_who_does_not_tell_what_is_correct_is_left_out_of_the_accuracy(bank):
+    untold = replace(upload(bank, "bob"), prototype_correct=np.zeros(0, np.int32))
+    arrived = {**contributions(bank, clients=("ann",)), "bob": contribution(untold)}
+    assert class_accuracy(arrived, bank) == class_accuracy(contributions(bank, clients=("ann",)), bank)
+    assert class_accuracy({"bob": contribution(untold)}, bank) == {}
+
+
+def test_a_mean_is_of_what_is_told():
+    assert mean_told([(1.0, 3), (None, 100), (5.0, 1)]) == 2.0
+    assert mean_told([(None, 3)]) is None
+    assert mean_told([]) is None
 
 
 def test_a_class_that_nobody_holds_has_no_accuracy(bank):

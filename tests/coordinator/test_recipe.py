@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from clip_lora.errors import ModelError
 from coordinator.config import load
 from coordinator.recipe import PRESETS, FederationRecipe, Personalisation, TextTraining, parse_recipe
-from protocol.messages import Recipe
+from protocol.messages import Privacy, Recipe
 from protocol.settings import SettingsError
 
 MINIMAL = 'federation = "lab"\nclasses = ["cat", "dog"]\n'
@@ -246,3 +246,36 @@ def test_a_federations_file_with_a_bad_recipe_is_refused_naming_it(write, text, 
     with pytest.raises(SettingsError) as caught:
         load(write(text))
     assert sentence in str(caught.value)
+
+
+PRIVACY = {"clip": 0.5, "noise_multiplier": 1.5, "delta": 1e-5, "epsilon": 8.0}
+
+
+def test_privacy_is_off_by_default_and_travels_when_it_is_on(write):
+    assert all(named(name).privacy is None for name in PRESETS)
+    table = "".join(f"{key} = {value}\n" for key, value in PRIVACY.items())
+    recipe = load(write(f"[recipe]\nfeatures_per_class = 0\n[recipe.privacy]\n{table}")).recipe
+    spelled = "+".join(f"privacy.{key}={value}" for key, value in PRIVACY.items())
+    assert recipe == parse_recipe(f"fedalign+features_per_class=0+{spelled}")
+    assert recipe.training(6).privacy == Privacy(**PRIVACY)
+    assert Recipe.model_validate_json(recipe.training(6).at_rank(2).model_dump_json()).privacy == Privacy(**PRIVACY)
+
+
+def test_privacy_with_features_is_refused_and_told_why(write):
+    table = "".join(f"{key} = {value}\n" for key, value in PRIVACY.items())
+    with pytest.raises(SettingsError, match=r"recipe: privacy needs features_per_class = 0: a feature is one picture's"):
+        load(write(f"[recipe.privacy]\n{table}"))
+
+
+@pytest.mark.parametrize("key", PRIVACY)
+@pytest.mark.parametrize("value", [None, 0, -1.0, math.nan, math.inf])
+def test_a_promise_has_no_default_and_takes_no_nonsense(write, key, value):
+    fields = {**PRIVACY, key: value}
+    table = "".join(f"{name} = {number}\n" for name, number in fields.items() if number is not None)
+    with pytest.raises(SettingsError, match=f"recipe.privacy.{key}"):
+        load(write(f"[recipe]\nfeatures_per_class = 0\n[recipe.privacy]\n{table}"))
+
+
+def test_a_delta_that_promises_nothing_is_refused():
+    with pytest.raises(ValidationError, match="delta"):
+        Privacy(**{**PRIVACY, "delta": 0.01})

@@ -267,6 +267,11 @@ def test_an_update_whose_arrays_differ_in_number_is_refused(name):
         decode_update(encode_update(shorter))
 
 
+def test_an_update_may_leave_out_how_many_are_predicted_correctly():
+    untold = dataclasses.replace(an_update(), prototype_correct=np.zeros(0, np.int32))
+    assert len(decode_update(encode_update(untold)).prototype_correct) == 0
+
+
 @pytest.mark.parametrize("name", [*ROWS, "feature_scales"])
 def test_an_update_without_one_of_its_arrays_is_refused_naming_it(name):
     arrays = {key: array for key, array in load(BLOBS["update"]).items() if key != name}

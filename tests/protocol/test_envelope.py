@@ -20,6 +20,7 @@ from protocol.messages import (
     Need,
     Notice,
     Offer,
+    Privacy,
     Receipt,
     Recipe,
     RoundPlan,
@@ -38,7 +39,14 @@ refs = st.builds(
     size=st.integers(1, MAX_BLOB_SIZE),
     chunk_size=st.integers(MAX_BLOB_SIZE // MAX_CHUNKS, CHUNK_SIZE),
 )
-recipes = st.builds(
+privacies = st.builds(
+    Privacy,
+    clip=positive,
+    noise_multiplier=positive,
+    delta=st.floats(0, 1e-3, exclude_min=True),
+    epsilon=positive,
+)
+plain = st.builds(
     Recipe,
     rank=st.integers(1, 256),
     alpha=positive,
@@ -47,6 +55,7 @@ recipes = st.builds(
     mu=st.floats(min_value=0, allow_infinity=False),
     features_from=st.sampled_from(["start", "trained"]),
 )
+recipes = plain | st.builds(Recipe, features_per_class=st.just(0), privacy=privacies)
 MANIFESTS = {
     "classes": st.builds(ClassBankManifest, version=counts, blob=refs),
     "round": st.builds(
@@ -71,9 +80,10 @@ MANIFESTS = {
         base=digests,
         blob=refs,
         samples=st.integers(1, 2**40),
-        loss=finite,
-        accuracy=finite,
-        train_seconds=finite,
+        loss=st.none() | finite,
+        accuracy=st.none() | finite,
+        train_seconds=st.none() | finite,
+        epsilon=st.none() | st.floats(0, allow_nan=False, allow_infinity=False),
         bytes_received=counts,
     ),
     "need": st.builds(Need, sha256=digests, missing=st.binary(min_size=1, max_size=4096).map(bytes.hex)),
