@@ -19,5 +19,13 @@ class ShutOutError(RuntimeError):
     """The coordinator takes nothing more from this device: another one speaks under its name, with its key."""
 
 
+class PlanRefusedError(RuntimeError):
+    """A plan that this device does not carry out, as its privacy budget does not allow it; it stays for later rounds."""
+
+
+class LedgerError(RuntimeError):
+    """A record of what was disclosed that cannot be read: nothing more may leave the device."""
+
+
 class StateError(RuntimeError):
     """A state folder that this client cannot have: another one is at work there, or it cannot be written."""

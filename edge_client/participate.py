@@ -6,7 +6,7 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from edge_client.errors import ShutOutError
+from edge_client.errors import PlanRefusedError, ShutOutError
 from edge_client.outbox import Outbox
 from edge_client.participation import Announce, Leave, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
@@ -15,7 +15,7 @@ from protocol.client_end import ClientEnd
 from protocol.errors import WireError
 from protocol.events import ClientEvent, LinkChanged, Noticed
 from protocol.link import Link
-from protocol.messages import TrainingResult
+from protocol.messages import Offer, TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def participate(
                     problem = training.exception()
                     if isinstance(problem, TrainingStopped):
                         break
-                    if problem is not None:
+                    if problem is not None and not isinstance(problem, PlanRefusedError):
                         carry_out(client.failed(str(problem)), link, end)
                         raise problem
-                    steps += trained(client, end, training.result())
+                    steps += finished(client, end, training)
                     training = None
                 for step in steps:
                     if isinstance(step, Train):
@@ -72,14 +72,18 @@ def tell(event: ClientEvent) -> None:
             log.debug("%s", event)
 
 
-def trained(client: Participation, end: ClientEnd, result: TrainingResult) -> list[Step]:
-    """Return what follows from a finished training. One that diverged is told; the next round may do better."""
-    assert client.training is not None
+def finished(client: Participation, end: ClientEnd, training: Future[TrainingResult]) -> list[Step]:
+    """Return what follows from a training that is done; raises what it raised, but for PlanRefusedError.
+
+    One that diverged, or that the device refused, is told; the client stays.
+    """
+    plan = client.training
+    assert plan is not None
     try:
-        return client.trained(end.pack(result, client.training))
-    except WireError as error:
-        log.error("round %d: nothing to offer: %s", result.round, error)  # noqa: TRY400 - no bug, no traceback
-        return client.failed(str(error))
+        return client.trained(end.pack(training.result(), plan))
+    except (WireError, PlanRefusedError) as error:
+        log.error("nothing to offer: %s", error)  # noqa: TRY400 - no bug, no traceback
+        return client.missed(str(error))
 
 
 def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox: Outbox | None = None) -> None:
@@ -88,7 +92,7 @@ def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox
         match step:
             case Send(work=work):
                 offer = work.parcel.offer
-                log.info("round %d: loss %.3f, accuracy %.3f, offering", offer.round, offer.loss, offer.accuracy)
+                log.info("round %d: offering, %s", offer.round, _told(offer))
                 if outbox is not None:
                     _keep(outbox, work)
                 link.do(end.offer(work.parcel))
@@ -101,6 +105,12 @@ def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox
                 raise ShutOutError(problem)
             case Train():
                 pass
+
+
+def _told(offer: Offer) -> str:
+    if offer.loss is None or offer.accuracy is None:
+        return f"epsilon {offer.epsilon or 0.0:.3f} so far"
+    return f"loss {offer.loss:.3f}, accuracy {offer.accuracy:.3f}"
 
 
 def _keep(outbox: Outbox, work: Work) -> None:

@@ -108,6 +108,13 @@ class Participation:
         self._training = None
         return [self._announce("failed", number, problem[:500])]
 
+    def missed(self, problem: str) -> list[Step]:
+        """Take in a training that came to nothing: everybody is told why, and the client stays for the next plan."""
+        missed, told = self._training, self.failed(problem)
+        if missed is None or self._current is None or work_of(missed) == work_of(self._current):
+            return told
+        return [*told, *self._planned(self._current)]
+
     def _planned(self, ready: PlanReady) -> list[Step]:
         self._current, self._newest = ready, ready.plan
         plan, done = ready.plan, self._done

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from clipcast.simulate.engine import Engine
-from edge_client.participate import carry_out, trained
+from edge_client.participate import carry_out, finished
 from edge_client.participation import Participation, Step, Train
 from protocol.bus import Action, Event, MemoryBroker, MemoryBus
 from protocol.client_end import ClientEnd
@@ -91,7 +91,7 @@ class Fleet:
         self.clock.exclude(started)
         for future in sorted(done, key=lambda future: self._training[future].name):
             client = self._training.pop(future)
-            steps = trained(client.part, client.end, future.result())
+            steps = finished(client.part, client.end, future)
             self._waiting.extend((client, ready) for ready in client.carry_out(steps))
 
 

@@ -152,6 +152,29 @@ def test_a_status_keeps_what_the_device_is(client):
     assert (status.state, status.profile, status.bits, status.device) == ("online", "generic-cpu", 4, "cpu")
 
 
+def test_a_training_that_came_to_nothing_is_told_and_the_next_plan_is_trained(client):
+    client.on(ready(1))
+    steps = client.missed("the budget is spent")
+    assert kinds(steps) == [Announce]
+    assert phase(steps) == ("failed", 1, "the budget is spent")
+    assert trains(client.on(ready(2))) == [ready(2)]
+
+
+def test_a_plan_that_came_during_a_training_that_came_to_nothing_is_trained(client):
+    client.on(ready(1))
+    assert trains(client.on(ready(2))) == []
+    steps = client.missed("diverged")
+    assert phase(steps[:1]) == ("failed", 1, "diverged")
+    assert trains(steps) == [ready(2)]
+    assert phase(steps) == ("training", 2, "")
+
+
+def test_a_training_that_came_to_nothing_after_its_round_is_told_and_no_more(client):
+    client.on(ready(1))
+    client.on(not_drawn(2))
+    assert kinds(client.missed("diverged")) == [Announce]
+
+
 @pytest.mark.parametrize(("accepted", "told"), [(True, "update accepted"), (False, "update rejected: not-finite why")])
 def test_a_receipt_ends_the_round_and_is_announced(client, accepted, told):
     client.on(ready(1))
