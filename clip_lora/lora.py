@@ -27,6 +27,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "scale",
+    "trained_names",
 ]
 
 PEFT_PREFIX = "base_model.model."
@@ -99,6 +100,11 @@ def adapter_state(model: PeftModel) -> Adapter:
     """Return the adapter's factors as float32 arrays: all that ever leaves a device of the model."""
     with torch.no_grad():
         return {name: p.detach().float().cpu().numpy().copy() for name, p in _factors(model).items()}
+
+
+def trained_names(model: PeftModel) -> list[str]:
+    """Return the names of the factors that training may change, sorted: those that require gradients."""
+    return [name for name, parameter in _factors(model).items() if parameter.requires_grad]
 
 
 def load_adapter(model: PeftModel, adapter: Adapter) -> None:

@@ -45,6 +45,7 @@ EXTRAS = {
     "sklearn": "demo",
     "matplotlib": "demo",
     "ray": "ray",
+    "dp_accounting": "privacy",
 }
 
 
@@ -93,7 +94,8 @@ def main() -> Any:
 
 def _missing(error: Exception) -> str:
     module = (getattr(error, "name", "") or "").split(".")[0]
-    extra = "demo" if {"demo", "simulate"} & set(sys.argv[1:]) and module != "ray" else EXTRAS.get(module, "demo")
+    own = EXTRAS.get(module, "demo")
+    extra = "demo" if {"demo", "simulate"} & set(sys.argv[1:]) and own not in ("ray", "privacy") else own
     return (
         f"this command needs {module}, which is not installed: pip install 'clipcast[{extra}]', or '.[{extra}]' in a clone"
     )

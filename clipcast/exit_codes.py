@@ -29,6 +29,7 @@ CODES = {
     "edge_client.errors.DataError": DATA,
     "edge_client.errors.StateError": SETTINGS,
     "edge_client.errors.ShutOutError": SHUT_OUT,
+    "edge_client.errors.LedgerError": SETTINGS,
     "coordinator.errors.FederationError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,

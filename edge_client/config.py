@@ -32,6 +32,8 @@ data = "{data}"
 # threads = 2                    # CPU threads for training
 # device = "cuda"                # "cpu" or "cuda"; without it the profile decides
 # min_prototype_count = 20       # classes of fewer pictures stay on this device; the recipe may ask for more, not for less
+# max_epsilon = 8.0              # plans without differential privacy, or beyond this epsilon in all, are refused
+# max_delta = 1e-5               # the largest delta at which that is counted
 # model = "/opt/models/clip"     # a local copy of the federation's model; without it the federation's name is loaded
 
 [broker]
@@ -58,6 +60,8 @@ class ClientConfig(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None = None
     device: Literal["cpu", "cuda"] | None = None
     min_prototype_count: Annotated[int, Field(ge=1)] = 1
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
     model: str | None = None
     broker: BrokerSettings = BrokerSettings()
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from clip_lora.towers import default_device
+from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import DIGITS, ClientConfig, Placement
 from edge_client.data import find_pictures, open_dataset
@@ -43,8 +44,10 @@ def place(config: ClientConfig, profile: Profile) -> Placement:
 def new_client(config: ClientConfig, profile: Profile, done: Work | None = None) -> tuple[Trainer, Participation, Status]:
     """Return what a client consists of besides its link: trainer, part in the federation, first status.
 
-    `done` is what the outbox holds. Raises DataError if the pictures cannot be found: now, not when a round begins.
+    `done` is what the outbox holds. Raises DataError if the pictures cannot be found, and LedgerError if the privacy ledger
+    cannot be read: now, not when a round begins.
     """
+    budget = Budget.open(config.state, config.max_epsilon, config.max_delta)
     if config.data != DIGITS:
         find_pictures(config.data)
     placement = place(config, profile)
@@ -56,5 +59,6 @@ def new_client(config: ClientConfig, profile: Profile, done: Work | None = None)
         max_rank=placement.max_rank,
     )
     pictures = partial(open_dataset, config.data)
-    trainer = Trainer(config.id, pictures, placement, config.model, checkpoint=Checkpoint(config.state / CHECKPOINT))
+    checkpoint = Checkpoint(config.state / CHECKPOINT)
+    trainer = Trainer(config.id, pictures, placement, config.model, checkpoint=checkpoint, budget=budget)
     return trainer, Participation(status, done), status

@@ -14,7 +14,9 @@ from clip_lora.preprocess import Preprocessing, load_preprocessing
 from clip_lora.towers import load_config, load_image_tower, model_facts
 from edge_client.data import Dataset
 from edge_client.frozen import Hidden, HiddenStore
-from protocol.messages import Recipe
+from protocol.messages import FloatArray, Recipe
+
+EVAL_BATCH = 64
 
 
 class ImageEncoder:
@@ -83,6 +85,15 @@ class ImageEncoder:
         """(N, H, W, 3) -> (N, 3, H, W) in the base's dtype: half precision on a GPU, where the factors stay float32."""
         batch = self.preprocessing.normalise(torch.from_numpy(pixels).to(self.device))
         return batch.to(self.model.dtype)
+
+
+def encode(encoder: ImageEncoder, data: Dataset, indices: Sequence[int] | None = None) -> FloatArray:
+    """Return the unit features of the pictures named, default all, (N, D)."""
+    chosen = range(len(data)) if indices is None else indices
+    starts = range(0, len(chosen), EVAL_BATCH)
+    with torch.no_grad():
+        parts = [encoder.encode(data, chosen[start : start + EVAL_BATCH]).cpu().numpy() for start in starts]
+    return np.concatenate(parts)
 
 
 def _class_token(last: Any, hidden: torch.Tensor) -> torch.Tensor:

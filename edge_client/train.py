@@ -20,20 +20,21 @@ from clip_lora.algebra import rank_of
 from clip_lora.lora import adapter_state, load_adapter
 from clip_lora.preprocess import Preprocessing
 from clip_lora.towers import ModelFacts, model_facts
+from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.data import Dataset
-from edge_client.encoder import ImageEncoder
+from edge_client.disclose import disclose, parts_of
+from edge_client.encoder import ImageEncoder, encode
 from edge_client.encoders import Encoders
 from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
 from edge_client.work import work_of
 from protocol.events import PlanReady
-from protocol.messages import Adapter, FloatArray, Recipe, TextBank, TrainingResult, Update
+from protocol.messages import Adapter, Recipe, TextBank, TrainingResult, Update
 
 log = logging.getLogger(__name__)
 
-EVAL_BATCH = 64
 OpenPictures = Callable[[Sequence[str], Preprocessing], Dataset]
 """Opens this device's pictures against the class bank's classes."""
 
@@ -62,6 +63,7 @@ class Trainer:
         model: str | None,
         encoders: Encoders | None = None,
         checkpoint: Checkpoint | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._id = client_id
         self._open_pictures = open_pictures
@@ -70,6 +72,7 @@ class Trainer:
         self._facts: ModelFacts | None = None
         self._encoders = encoders or Encoders()
         self._checkpoint = checkpoint
+        self._budget = budget or Budget()
         self._data: Dataset | None = None
         self._classes: tuple[str, ...] | None = None
 
@@ -100,7 +103,10 @@ class Trainer:
         return encoder, self._data
 
     def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
-        """Train one round, from its checkpoint if there is one, and return what goes up; raises TrainingStopped."""
+        """Train one round, from its checkpoint if there is one, and return what goes up.
+
+        Raises TrainingStopped, and PlanRefusedError if this device's privacy budget does not allow the round.
+        """
         plan, bank = ready.plan, ready.bank
         started = time.monotonic()
         recipe = self._placement.stricter(plan.recipe.at_rank(rank_of(ready.adapter)))
@@ -109,11 +115,18 @@ class Trainer:
         load_adapter(encoder.model, ready.adapter)
         batch = self._placement.batch_size
         work = work_of(ready, self._id, self._placement.bits, self._placement.device, batch, data.digest())
+        self._budget.check(recipe.privacy, work, parts_of(recipe))
         metrics = local_steps(encoder, data, bank, recipe, seed, batch, stopped, self._checkpoint, work)
-        update, accuracy = summarise(encoder, data, bank, recipe, seed, ready.adapter)
+        if recipe.privacy is None:
+            update, accuracy = summarise(encoder, data, bank, recipe, seed, ready.adapter)
+            took = time.monotonic() - started
+            result = TrainingResult(plan.round, ready.base, update, len(data), metrics.loss, accuracy, took)
+        else:
+            told = disclose(encoder, data, len(bank.classes), recipe, ready.adapter, self._budget, work)
+            result = TrainingResult(plan.round, ready.base, told.update, told.samples, None, None, None, told.epsilon)
         if self._checkpoint is not None:
             self._checkpoint.clear()
-        return TrainingResult(plan.round, ready.base, update, len(data), metrics.loss, accuracy, time.monotonic() - started)
+        return result
 
 
 def derive_seed(federation_seed: int, number: int, client: str) -> int:
@@ -159,15 +172,6 @@ def local_steps(
         optimizer.step()
         total += loss.item()
     return Metrics(total / max(recipe.local_steps, 1), recipe.local_steps, time.monotonic() - started)
-
-
-def encode(encoder: ImageEncoder, data: Dataset, indices: Sequence[int] | None = None) -> FloatArray:
-    """Return the unit features of the pictures named, default all, (N, D)."""
-    chosen = range(len(data)) if indices is None else indices
-    starts = range(0, len(chosen), EVAL_BATCH)
-    with torch.no_grad():
-        parts = [encoder.encode(data, chosen[start : start + EVAL_BATCH]).cpu().numpy() for start in starts]
-    return np.concatenate(parts)
 
 
 def summarise(

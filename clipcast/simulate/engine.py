@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Literal, Protocol
 
+from edge_client.budget import virtual_budget
 from edge_client.config import Placement
 from edge_client.encoders import Encoders
+from edge_client.errors import PlanRefusedError
 from edge_client.train import OpenPictures, Trainer
 from protocol.events import PlanReady
 from protocol.messages import TrainingResult
@@ -35,7 +37,10 @@ class LocalEngine:
     def submit(self, client: str, ready: PlanReady) -> Future[TrainingResult]:
         """Train, and return what is done already."""
         done: Future[TrainingResult] = Future()
-        done.set_result(self._trainers[client].run(ready, lambda: False))
+        try:
+            done.set_result(self._trainers[client].run(ready, lambda: False))
+        except PlanRefusedError as error:
+            done.set_exception(error)
         return done
 
     def close(self) -> None:
@@ -50,4 +55,7 @@ def place(bits: Literal[4, 8, 32], device: str) -> Placement:
 
 def new_trainers(pictures: Mapping[str, OpenPictures], placement: Placement, encoders: Encoders) -> dict[str, Trainer]:
     """Return a trainer for each client, all with the same encoders."""
-    return {client: Trainer(client, source, placement, None, encoders) for client, source in pictures.items()}
+    return {
+        client: Trainer(client, source, placement, None, encoders, budget=virtual_budget(client))
+        for client, source in pictures.items()
+    }

@@ -11,8 +11,8 @@ from clip_lora.algebra import rank_of
 from clip_lora.lora import load_adapter
 from coordinator.learning import Knowledge
 from edge_client.data import Dataset
+from edge_client.encoder import encode
 from edge_client.encoders import Encoders
-from edge_client.train import encode
 from protocol.codec import encode_adapter, sha256
 from protocol.messages import Adapter, Recipe
 

@@ -125,6 +125,7 @@ class Bench:
             "train_class_accuracy": record.class_accuracy,
             "loss": record.loss,
             "train_accuracy": record.train_accuracy,
+            "epsilon": max(record.epsilon.values(), default=None),
             "text": record.text.model_dump() if record.text else None,
             "attention": record.attention.model_dump() if record.attention else None,
             "bytes_up": sum(record.bytes_up.values()) / count,

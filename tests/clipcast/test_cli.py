@@ -130,6 +130,20 @@ def test_failures_name_the_cure_and_have_their_code(
     assert "Traceback" not in done.stderr
 
 
+def test_privacy_without_its_package_names_the_extra(tmp_path: Path) -> None:
+    recipe = (
+        "fedlora+first_block=-1+local_steps=1+privacy.clip=1+privacy.noise_multiplier=1+privacy.delta=1e-5+privacy.epsilon=9"
+    )
+    options = ["--recipes", recipe, "--clients", "2", "--shots", "4", "--seeds", "1", "--rounds", "1", "--partition", "iid"]
+    program = (
+        "import sys; sys.modules['dp_accounting'] = None; from clipcast.cli import main; "
+        f"sys.argv = ['clipcast', 'simulate', *{options!r}, '--out', {str(tmp_path)!r}]; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 11
+    assert "needs dp_accounting, which is not installed: pip install 'clipcast[privacy]'" in run.stderr
+
+
 def test_every_exit_code_belongs_to_a_class_that_exists_and_is_documented() -> None:
     import importlib
 

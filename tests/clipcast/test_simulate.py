@@ -18,6 +18,7 @@ from clipcast.simulate.run import Bench
 from clipcast.simulate.settings import SimulateSettings, parse_shots
 from clipcast.simulate.story import simulate
 from coordinator.errors import FederationError
+from edge_client.accounting import epsilon_of
 from protocol.settings import SettingsError
 
 SMALL = "+first_block=-1+local_steps=2+text.steps=5+personal.closing_steps=1"
@@ -72,6 +73,29 @@ def test_recipes_that_differ_in_their_text_side_only_are_judged_each_by_its_own(
     alone = [simulate(make(recipes=(recipe,)))[0] for recipe in recipes]
     assert without_time(both) == without_time(alone)
     assert both[0]["rounds"][0]["global_accuracy"] != both[1]["rounds"][0]["global_accuracy"]
+
+
+PRIVATE = "fedalign+features_per_class=0+privacy.clip=0.5+privacy.noise_multiplier=0.2+privacy.delta=1e-5"
+
+
+def test_a_recipe_with_privacy_is_simulated_and_the_same_each_time(make: MakeSettings) -> None:
+    """Each client's noise is its own, and every simulation's the same; the noise shows."""
+    recipes = tuple(f"{PRIVATE}+privacy.epsilon=1000{SMALL}+privacy.clip={clip}" for clip in (0.05, 1.0))
+    one, other = simulate(make(recipes=recipes))
+    for row in (one, other):
+        assert [r["loss"] for r in row["rounds"]] == [None] * 3
+        assert [r["train_class_accuracy"] for r in row["rounds"]] == [{}] * 3
+        spent = [epsilon_of([0.2] * disclosures, 1e-5) for disclosures in (2, 3, 5)]  # the aligning round takes no steps
+        assert [r["epsilon"] for r in row["rounds"]] == pytest.approx(spent)
+    assert one["clients"] != other["clients"]
+    again = simulate(make(recipes=recipes[:1]))
+    assert without_time(again) == without_time([one])
+
+
+def test_a_simulation_whose_budget_is_spent_ends_and_says_whom_it_waited_for(make: MakeSettings) -> None:
+    recipe = f"{PRIVATE}+privacy.epsilon=0.1{SMALL}"
+    with pytest.raises(FederationError, match=r"3 rounds in a row without a quorum of 4; last waited for client-0001"):
+        simulate(make(recipes=(recipe,), rounds=3))
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(make: MakeSettings, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
 from clip_lora.towers import load_config, one_thread
 from coordinator.text_bank import make_bank
+from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.data import Dataset, find_pictures, open_dataset
 from edge_client.encoder import ImageEncoder
+from edge_client.encoders import Encoders
 from edge_client.train import Trainer
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.events import PlanReady
@@ -87,10 +89,12 @@ def make_trainer(home: Path) -> MakeTrainer:
         source: str = str(home),
         model: str | None = None,
         checkpoint: Checkpoint | None = None,
+        budget: Budget | None = None,
+        encoders: Encoders | None = None,
         **placement: object,
     ) -> Trainer:
         where = replace(Placement(4, 32, 16, "cpu"), **placement)  # type: ignore[arg-type]
-        return Trainer(client, partial(open_dataset, source), where, model, checkpoint=checkpoint)
+        return Trainer(client, partial(open_dataset, source), where, model, encoders, checkpoint, budget)
 
     return make
 

@@ -11,7 +11,7 @@ import torch
 from clip_lora.towers import default_device
 from edge_client.config import TEMPLATE, ClientConfig, load
 from edge_client.device import new_client, place
-from edge_client.errors import DataError
+from edge_client.errors import DataError, LedgerError
 from hardware_profiles.profile import load as load_profile
 from protocol.settings import SettingsError
 
@@ -72,6 +72,10 @@ BAD = {
     "id-with-a-slash": (MINIMAL.replace("ann", "a/b"), "id"),
     "sixteen-bits": (MINIMAL + "bits = 16\n", "bits"),
     "no-batch": (MINIMAL + "batch_size = 0\n", "batch_size"),
+    "no-pictures-a-prototype": (MINIMAL + "min_prototype_count = 0\n", "min_prototype_count"),
+    "no-epsilon": (MINIMAL + "max_epsilon = 0.0\n", "max_epsilon"),
+    "endless-epsilon": (MINIMAL + "max_epsilon = inf\n", "max_epsilon"),
+    "delta-of-one-in-ten": (MINIMAL + "max_delta = 0.1\n", "max_delta"),
     "unknown-device": (MINIMAL + 'device = "tpu"\n', "device"),
     "broker-without-scheme": (MINIMAL + '[broker]\nurl = "localhost"\n', "mqtt://HOST"),
 }
@@ -145,6 +149,12 @@ def test_the_state_folder_is_the_clients_own_and_lies_beside_the_settings(write,
     assert load(write(MINIMAL)).state == tmp_path / "ann-state"
     assert load(write(MINIMAL + 'state = "kept"\n')).state == tmp_path / "kept"
     assert load(write(MINIMAL + 'state = "/var/lib/clipcast"\n')).state == Path("/var/lib/clipcast")
+
+
+def test_a_ledger_that_cannot_be_read_is_told_before_a_round_begins(tmp_path):
+    (tmp_path / "ledger.json").write_text("{")
+    with pytest.raises(LedgerError, match=r"ledger\.json cannot be read"):
+        new_client(config(state=tmp_path), load_profile("generic-cpu"))
 
 
 def test_pictures_that_are_not_there_are_told_before_a_round_begins(tmp_path):
