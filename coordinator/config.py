@@ -49,6 +49,12 @@ batch_size = 16
 # features_of = "all"                 # "correct": of correctly predicted pictures only
 # min_prototype_count = 5             # of a class with fewer pictures on a device, neither prototype nor count leaves it
 
+# [recipe.privacy]                    # needs features_per_class = 0, and the extra `privacy` on the devices
+# clip = 0.1                          # L2 bound on the adapter's whole change in a round
+# noise_multiplier = 2.0              # noise over the sensitivity to one picture
+# delta = 1e-5
+# epsilon = 8.0                       # no device goes beyond, in all its rounds and runs
+
 # [recipe.text]                       # the coordinator's own training, on the uploaded features
 # steps = 20                          # 0 leaves the text side as it is
 # prototypes_for_missing = true       # a class without a feature is represented by its prototypes

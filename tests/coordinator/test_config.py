@@ -35,10 +35,16 @@ def test_the_commented_lines_of_the_recipe_are_settings_that_load_and_the_defaul
     lines = text.splitlines()
     start, end = lines.index("[recipe]"), lines.index("[broker]")
     settings = [line.removeprefix("# ") for line in lines[start:end]]
-    assert sum(line.startswith("[recipe") for line in settings) == 3
+    private = next(number for number, line in enumerate(settings) if line.startswith("[recipe.privacy]"))
+    privacy = settings[private : settings.index("", private)]
+    assert sum(line.startswith("[recipe") for line in settings) == 4
     assert len(settings) > 20
-    file = write("\n".join([*lines[:start], *settings, *lines[end:]]))
-    assert load(file).recipe == FederationRecipe(name="fedalign")
+    plain = [*settings[:private], *settings[private + len(privacy) :]]
+    assert load(write("\n".join([*lines[:start], *plain, *lines[end:]]))).recipe == FederationRecipe(name="fedalign")
+    zero = "features_per_class = 0"
+    given = load(write("\n".join([*lines[:start], "[recipe]", zero, *privacy, *lines[end:]]))).recipe
+    assert given.privacy is not None  # a promise has no default
+    assert given == FederationRecipe(features_per_class=0, privacy=given.privacy)
 
 
 def test_a_recipe_is_a_name_or_a_table_of_overrides(write):
