@@ -77,7 +77,7 @@ def take_part(broker: MemoryBroker, config: ClientConfig, stop: threading.Event)
 
 
 def coordinate(broker: MemoryBroker, state: Path, rounds: int, quorum: int) -> list[RoundRecord]:
-    """One life of a coordinator; the deadline is far, so that only updates and what clients say end a round."""
+    """One life of a coordinator."""
     config = CoordinatorConfig.model_validate(
         {
             "federation": "private",
@@ -85,7 +85,7 @@ def coordinate(broker: MemoryBroker, state: Path, rounds: int, quorum: int) -> l
             "rounds": rounds,
             "clients_per_round": 3,
             "quorum": quorum,
-            "deadline_s": 3600,
+            "deadline_s": 60,
             "recipe": RECIPE,
             "state": state,
         }

@@ -152,6 +152,20 @@ def test_a_frozen_factor_leaves_as_it_came(run, private, encoders, bank, make_tr
         assert np.array_equal(factor, start[name]) == name.endswith("lora_A")
 
 
+def test_a_factor_that_training_left_where_it_was_gets_noise_like_the_others(run, private, make_ready, bank, dataset):
+    """The first step cannot move A, as B is 0: without noise on it, everybody would know so."""
+    recipe = private(local_steps=1)
+    start = make_ready(bank, recipe).adapter
+    encoder = ImageEncoder("tiny-clip", 4, "cpu", recipe)
+    load_adapter(encoder.model, start)
+    local_steps(encoder, dataset, bank, recipe, 0, 32)
+    still = [name for name, factor in adapter_state(encoder.model).items() if np.array_equal(factor, start[name])]
+    assert still == [name for name in sorted(start) if name.endswith("lora_A")]
+    update = run(recipe).update
+    noise = np.concatenate([(update.adapter[name] - start[name]).ravel() for name in still])
+    assert noise.std() == pytest.approx(0.01 * 2 * 0.5, rel=0.05)
+
+
 def test_a_round_without_local_steps_discloses_prototypes_alone(run, private, make_ready, bank):
     budget = Budget()
     result = run(private(local_steps=0), budget)
