@@ -107,7 +107,7 @@ class Budget:
             limits.append((self._max_epsilon, min(privacy.delta, self._max_delta), "this device's owner"))
         for limit, delta, who in limits:
             epsilon = epsilon_of(after, delta)
-            if epsilon > limit:
+            if not epsilon <= limit:  # should it ever not be a number, it is too much
                 raise PlanRefusedError(
                     f"this round would bring the device to an epsilon of {epsilon:.3f} at a delta of {delta:g}, {who} "
                     f"allows {limit:g}: its privacy budget is spent ({len(spent)} disclosures so far), it takes no part"

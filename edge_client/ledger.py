@@ -31,7 +31,7 @@ class Disclosure(BaseModel):
     work: Sha256
     part: Part
     mark: Sha256
-    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e6)]
 
 
 class _Book(BaseModel):

@@ -73,7 +73,7 @@ class Privacy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e6)]  # less is no noise to speak of, more no signal
     delta: Annotated[float, Field(gt=0, le=1e-3)]  # one in a thousand pictures told in full would be within a larger one
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

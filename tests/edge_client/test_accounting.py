@@ -56,5 +56,10 @@ def test_a_disclosure_more_never_costs_less_and_the_order_does_not_matter(multip
     assert epsilon_of([another, *multipliers], delta) == epsilon_of([*multipliers, another], delta)
 
 
+@given(st.lists(st.sampled_from([1e-3, 1e6]), max_size=3000), st.sampled_from([1e-3, 1e-12, 1e-300]))
+def test_epsilon_is_a_number_whatever_a_plan_asks_for(multipliers, delta):
+    assert 0.0 <= epsilon_of(multipliers, delta) < math.inf
+
+
 def test_nothing_disclosed_costs_nothing():
     assert epsilon_of([], 1e-5) == 0.0

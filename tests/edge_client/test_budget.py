@@ -155,6 +155,12 @@ def test_a_plan_cannot_talk_the_owners_limit_down_with_a_large_delta():
     Budget(max_epsilon=limit, max_delta=1e-3).check(loose, WORK, ("adapter",))
 
 
+def test_a_cost_that_is_not_a_number_is_too_much(monkeypatch):
+    monkeypatch.setattr(module, "epsilon_of", lambda *_: float("nan"))
+    with pytest.raises(PlanRefusedError):
+        Budget().check(PRIVACY, WORK, ("adapter",))
+
+
 def test_plans_of_other_noise_and_delta_are_added_up():
     budget = Budget()
     spend(budget)

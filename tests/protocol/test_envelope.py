@@ -42,7 +42,7 @@ refs = st.builds(
 privacies = st.builds(
     Privacy,
     clip=positive,
-    noise_multiplier=positive,
+    noise_multiplier=st.floats(1e-3, 1e6),
     delta=st.floats(0, 1e-3, exclude_min=True),
     epsilon=positive,
 )
