@@ -5,12 +5,20 @@ from __future__ import annotations
 import random
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipcast.commands.files import write_new
+
+if TYPE_CHECKING:
+    from edge_client.config import ClientConfig
+    from edge_client.participation import Participation
+    from edge_client.train import Trainer
+    from edge_client.work import Work
+    from protocol.messages import Status
 
 app = typer.Typer(help="An edge client: trains a LoRA adapter on pictures that never leave the device.")
 
@@ -43,13 +51,8 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
     Example: `clipcast client run client.toml`
     """
     from edge_client.config import load
-    from edge_client.outbox import Outbox
     from hardware_profiles.detect import detect
     from hardware_profiles.profile import load as load_profile
-    from protocol.client_end import ClientEnd
-    from protocol.gate import Pinned
-    from protocol.link import Link
-    from protocol.mqtt import MqttBus
 
     config = load(path)
     if config.profile:
@@ -58,16 +61,32 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
         found = detect()
         profile, reason = found.profile, found.reason
     typer.echo(f"profile {profile.name}: {reason}", err=True)
+
+    def prepare(done: Work | None) -> tuple[Trainer, Participation, Status]:
+        from edge_client.device import new_client
+
+        return new_client(config, profile, done)
+
+    take_part(config, prepare)
+
+
+def take_part(config: ClientConfig, prepare: Callable[[Work | None], tuple[Trainer, Participation, Status]]) -> None:
+    """Take part until stopped. `prepare` makes what trains, once the broker has taken us in, from what the outbox holds."""
+    from edge_client.outbox import Outbox
+    from protocol.client_end import ClientEnd
+    from protocol.gate import Pinned
+    from protocol.link import Link
+    from protocol.mqtt import MqttBus
+
     outbox = Outbox(config.state)
     trust = Pinned(config.state / "coordinator.key", config.coordinator_key)
     end = ClientEnd(config.federation, config.id, random.Random(), config.state, trust)
     # The broker first: a wrong address should not cost the loading of torch.
     bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}", end.will())
-    from edge_client.device import new_client
     from edge_client.participate import participate
 
     try:
-        trainer, part, status = new_client(config, profile, outbox.load())
+        trainer, part, status = prepare(outbox.load())
     except BaseException:
         bus.close(end.farewell())
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from clipcast.commands.files import write_new
 
 if TYPE_CHECKING:
+    from coordinator.config import CoordinatorConfig
     from coordinator.records import RoundRecord
 
 app = typer.Typer(help="The lab server: broadcasts class banks and adapters, collects and aggregates updates.")
@@ -50,10 +52,16 @@ def run(
     Example: `clipcast coordinator run coordinator.toml`
     """
     from coordinator.config import load
+
+    for record in conduct(load(path)):
+        typer.echo(record.model_dump_json() if as_json else _line(record))
+
+
+def conduct(config: CoordinatorConfig) -> Iterator[RoundRecord]:
+    """Run a federation to its last round; yield a record after each. Raises whatever keeps it from going on."""
     from protocol.mqtt import MqttBus
     from protocol.topics import Topics
 
-    config = load(path)
     Topics(config.federation)
     # The broker first: a wrong address should not cost the loading of a model.
     bus = MqttBus.open(config.broker, f"{config.federation}:coordinator")
@@ -77,11 +85,7 @@ def run(
             seal_updates=config.seal_updates,
         )
         bank = make_bank(config.model, config.classes, config.templates)
-        for record in Federation(config, bank, Link(bus, end), end, store, devices).run():
-            if as_json:
-                typer.echo(record.model_dump_json())
-                continue
-            typer.echo(_line(record))
+        yield from Federation(config, bank, Link(bus, end), end, store, devices).run()
     finally:
         bus.close()
 
