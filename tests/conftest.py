@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +19,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from clipcast.demo.broker import embedded_broker
+from tests.faults.proxy import FaultProxy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -133,101 +131,13 @@ def mosquitto(tmp_path: Path) -> Iterator[Callable[..., str]]:
         process.wait()
 
 
-class FaultProxy:
-    """Forwards 127.0.0.1:port to a target. Each connection is cut after a drawn number of bytes, both ways together."""
-
-    def __init__(self, target: int, seed: int, cut_after: tuple[int, int] | None = None, rate: float | None = None) -> None:
-        self.cuts = 0
-        self.bytes = 0
-        self._target = target
-        self._rng = random.Random(seed)
-        self._cut_after = cut_after
-        self._rate = rate  # bytes a second and direction
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def heal(self) -> None:
-        """Cut no more."""
-        self._cut_after = None
-
-    def cut_all(self) -> None:
-        """Cut every connection now."""
-        with self._lock:
-            for connection in self._open:
-                _shut(connection)
-
-    def close(self) -> None:
-        """Stop."""
-        self._closing.set()
-        _shut(self._listener)
-        self._listener.close()
-        self.cut_all()
-        for thread in self._threads:
-            thread.join(10)
-
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection(("127.0.0.1", self._target), 5)
-            except OSError:
-                near.close()
-                continue
-            with self._lock:
-                self._open |= {near, far}
-                left = [self._rng.randint(*self._cut_after)] if self._cut_after else [1 << 60]
-            for one, other in ((near, far), (far, near)):
-                thread = threading.Thread(target=self._pump, args=(one, other, left), daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, left: list[int]) -> None:
-        while True:
-            try:
-                data = source.recv(4096)
-                if self._rate is not None:
-                    self._closing.wait(len(data) / self._rate)
-                with self._lock:
-                    cut = left[0] < len(data) and self._cut_after is not None
-                    data = data[: left[0]] if cut else data
-                    left[0] -= len(data)
-                    self.bytes += len(data)
-                    self.cuts += cut
-                sink.sendall(data)
-            except OSError:
-                data, cut = b"", False
-            if not data or cut:
-                break
-        for end in (source, sink):
-            _shut(end)
-        with self._lock:
-            left[1:] = [*left[1:], 1]
-            if len(left) == 3:  # both directions have ended
-                self._open -= {source, sink}
-                source.close()
-                sink.close()
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
 def fault_proxy() -> Iterator[Callable[..., FaultProxy]]:
     """Put a FaultProxy before a port: `fault_proxy(port, seed=1, cut_after=(1000, 9000))`."""
     running: list[FaultProxy] = []
 
-    def start(target: int, seed: int, cut_after: tuple[int, int] | None = None, rate: float | None = None) -> FaultProxy:
-        running.append(FaultProxy(target, seed, cut_after, rate))
+    def start(target: int, seed: int = 0, **faults: Any) -> FaultProxy:
+        running.append(FaultProxy(target, seed, **faults))
         return running[-1]
 
     yield start

@@ -32,13 +32,14 @@ dynamic_filters = true
 
 
 @contextlib.contextmanager
-def embedded_broker(folder: Path) -> Iterator[str]:
-    """Run a broker on a free port of this machine; yield its URL. Its configuration is written to `folder`."""
+def embedded_broker(folder: Path, port: int | None = None) -> Iterator[str]:
+    """Run a broker on `port`, else on a free one of this machine; yield its URL. Its configuration is in `folder`."""
     from iotcore import Broker
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     config = folder / "broker.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(CONFIG.format(port=port))

@@ -10,11 +10,14 @@ import datetime as dt
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.faults.processes import Zygote
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "faults" / "results.json"
 
@@ -23,6 +26,21 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "faults" / "resul
 def full(pytestconfig: pytest.Config) -> bool:
     """Whether this is the full tier."""
     return bool(pytestconfig.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Start the process that forks the others; it leaves none behind."""
+    running = Zygote()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Return a folder that is gone after the test, also when it fails: a proof leaves hundreds of megabytes."""
+    with tempfile.TemporaryDirectory(prefix="clipcast-faults-") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")
