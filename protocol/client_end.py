@@ -40,6 +40,8 @@ from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
 from protocol.transfer import (
     CHUNK_EXPIRY_S,
+    LASTING_CAP_S,
+    LASTING_S,
     SLOW_LINK,
     SMALLEST_CUT,
     Pace,
@@ -82,6 +84,7 @@ class ClientEnd:
         self._signer = Signer() if state is None else Signer.open(state)
         self.gate = Gate(federation, trust or FirstUse(), None if state is None else state / "marks.json")
         self._status = Status(state="online")
+        self._presence = Repeat(rng, LASTING_S, LASTING_CAP_S)
         self._chunk_size = self._chunk_limit = chunk_size(None)
         self._pace = Pace()
         self._max_packet: int | None = None
@@ -103,6 +106,7 @@ class ClientEnd:
     def announce(self, status: Status) -> list[Action]:
         """Publish what this client is doing, retained."""
         self._status = status
+        self._presence.said()
         return [self._publish_status(status)]
 
     def pack(self, result: TrainingResult, plan: RoundPlan) -> Parcel:
@@ -144,7 +148,7 @@ class ClientEnd:
 
     def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
         """Say what is due: needs, the offer, and at most `room` chunks of the upload; `drained`: all before have landed."""
-        actions: list[Action] = []
+        actions: list[Action] = [self._publish_status(self._status)] if self._presence.due(now) else []
         for wanted in self._downloads():
             if wanted.under_way and (missing := wanted.fetch.need(now)):
                 actions.append(self._manifest("need", Need(sha256=wanted.ref.sha256, missing=missing)))
@@ -182,7 +186,7 @@ class ClientEnd:
         if self._upload is not None:
             self._upload.repeat.again()
             self._upload.tried, self._upload.sent = self._upload.sent, set()
-        return [*actions, self._publish_status(self._status)]
+        return [*actions, *self.announce(self._status)]
 
     def _limit_chunks(self, limit: int) -> None:
         """Cut uploads in chunks of at most `limit` bytes from now on, which the broker takes, too."""
@@ -236,6 +240,8 @@ class ClientEnd:
         known = self._plan
         if known is not None and plan.run == known.run and plan.round < known.round:
             return [], []  # an old plan that comes again
+        if plan == known:
+            return [], []  # said again
         self._plan = plan
         if plan.state == "finished":
             return self._give_up_start(), [Finished(plan)]

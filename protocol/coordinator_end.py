@@ -48,7 +48,7 @@ from protocol.partial import FilePartials, MemoryPartials, Partials
 from protocol.sealing import Unsealer, purpose
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, NEED_S, Fetch, Repeat, Serve, chunk_size
+from protocol.transfer import CHUNK_EXPIRY_S, LASTING_CAP_S, LASTING_S, NEED_S, Fetch, Repeat, Serve, chunk_size
 from protocol.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class CoordinatorEnd:
         self._chunk_size = chunk_size(None)
         self._retained: dict[str, Manifest] = {}
         self._own: dict[str, ClientAdapter] = {}
+        self._lasting = Repeat(rng, LASTING_S, LASTING_CAP_S)
         self._serves: dict[str, Serve] = {}
         self._clients: dict[str, _Client] = {}
         self._notices = Notices()
@@ -200,6 +201,7 @@ class CoordinatorEnd:
     def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
         """Say what is due: needs of uploads, and at most `room` chunks of broadcasts; `drained`: all before have landed."""
         actions: list[Action] = [self._to(client, notice) for client, notice in self._notices.due(now)]
+        actions += self._say_lasting() if self._lasting.due(now) else []
         for client in self._turns.now(now):
             state = self._clients.get(client)
             fetch = state.fetch if state is not None else None
@@ -222,6 +224,7 @@ class CoordinatorEnd:
 
     def _retain(self, manifest: Manifest) -> list[Action]:
         self._retained[manifest.kind] = manifest
+        self._lasting.said()
         return [self._broadcast(manifest)]
 
     def _connected(self, max_packet: int | None) -> list[Action]:
@@ -235,8 +238,13 @@ class CoordinatorEnd:
         for state in self._clients.values():
             if state.fetch is not None:
                 state.fetch.repeat.again()
-        actions += [self._announce_own(client) for client in self._own]
-        return [*actions, *(self._broadcast(manifest) for manifest in self._retained.values())]
+        self._lasting.said()
+        return [*actions, *self._say_lasting()]
+
+    def _say_lasting(self) -> list[Action]:
+        """Say what is retained: to a broker that has just taken us in, and again, because one may lose a message unseen."""
+        own = [self._announce_own(client) for client in self._own]
+        return [*own, *(self._broadcast(manifest) for manifest in self._retained.values())]
 
     def _cut_anew(self, size: int) -> None:
         """Cut what is served for a broker that takes packets of another size, and say so in the retained manifests."""

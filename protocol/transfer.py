@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 30
 CHUNK_EXPIRY_S = 60
+LASTING_S, LASTING_CAP_S = (
+    5.0,
+    300.0,
+)  # what is retained is said again after such pauses: a broker may lose it without a word
 PACKET_MARGIN = 512
 NEED_S = 6.0
 NUDGE_S = 1.0
@@ -98,15 +102,21 @@ class Repeat:
     cap: float = 30.0
     _tries: int = 0
     _next: float = 0.0
+    _said: bool = False
 
     def due(self, now: float) -> bool:
         """Tell whether to speak now, and if so schedule the next time."""
-        if now < self._next:
+        if now < self._next and not self._said:
             return False
+        early, self._said = self._said, False
         span = min(self.cap, self.base * 2.0 ** min(self._tries, 32))
         self._tries += 1
         self._next = now + span * (0.5 + 0.5 * self.rng.random())
-        return True
+        return not early
+
+    def said(self) -> None:
+        """Begin with the shortest pause: it has been said just now."""
+        self._tries, self._said = 0, True
 
     def again(self) -> None:
         """Speak at the next opportunity: the other side may have been away."""

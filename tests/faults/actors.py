@@ -18,7 +18,7 @@ from edge_client.config import ClientConfig
 from edge_client.participation import Participation, Send, Step
 from edge_client.work import Work
 from protocol.events import Answered, ClientEvent, PlanReady
-from protocol.messages import Status
+from protocol.messages import RoundPlan, Status
 from protocol.parcel import Parcel
 from tests.faults.light import LightTrainer
 
@@ -70,6 +70,11 @@ class NotingParticipation:
     def __init__(self, part: Participation, notes: Path) -> None:
         self._part = part
         self._notes = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    @property
+    def training(self) -> RoundPlan | None:
+        """The plan that is being trained for."""
+        return self._part.training
 
     def on(self, event: ClientEvent) -> list[Step]:
         """Take in an event of the wire."""

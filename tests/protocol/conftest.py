@@ -36,8 +36,8 @@ def wait_until() -> Callable[..., None]:
 class Network:
     """A broker in virtual time whose messages meet a fate each: deliver, lose, twice, late (behind those sent after it).
 
-    Retained manifests are not lost (QoS 1 within a connection), but may come late or twice. Once `fates` is used up, all
-    is delivered.
+    Retained manifests too: a broker whose queue is full loses them without a word. Once `fates` is used up, all is
+    delivered.
     """
 
     def __init__(self, ends: Ends, fates: Iterable[str] = (), max_packet: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Network:
                 self._filters[name].add(action.filter)
                 for topic, payload in self._retained.items():
                     if matches(action.filter, topic):
-                        self._send(name, Delivery(topic, payload), losable=False)
+                        self._send(name, Delivery(topic, payload))
             else:
                 self._filters[name].discard(action.filter)
 
@@ -124,11 +124,11 @@ class Network:
             self._retained[message.topic] = message.payload
         for name, filters in self._filters.items():
             if any(matches(wanted, message.topic) for wanted in filters):
-                self._send(name, Delivery(message.topic, message.payload), losable=not message.retain)
+                self._send(name, Delivery(message.topic, message.payload))
 
-    def _send(self, name: str, delivery: Delivery, *, losable: bool) -> None:
+    def _send(self, name: str, delivery: Delivery) -> None:
         fate = next(self._fates, "deliver")
-        if fate == "lose" and losable:
+        if fate == "lose":
             return
         delays = {"twice": (0.0, 1.0), "late": (3.0,)}.get(fate, (0.0,))
         for delay in delays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from protocol.client_end import ClientEnd
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference
 from protocol.coordinator_end import GATHER_S, CoordinatorEnd
 from protocol.envelope import COORDINATOR, decode
-from protocol.events import Answered, ClientSeen, Finished, OfferTooLarge, PlanReady, UpdateArrived, UpdateUnreadable
+from protocol.events import (
+    Answered,
+    ClientSeen,
+    Finished,
+    NotDrawn,
+    OfferTooLarge,
+    PlanReady,
+    UpdateArrived,
+    UpdateUnreadable,
+)
 from protocol.messages import (
     MIN_CHUNK_SIZE,
     ClassBankManifest,
@@ -183,6 +193,20 @@ def test_a_finished_federation_is_told_without_its_last_adapter(new_network):
     assert network.seen("a", PlanReady) == []
 
 
+def test_what_is_retained_is_said_again_and_heard_once(new_network):
+    network = new_network("a", "stranger")
+    plan = open_round(network)
+    network.run(lambda: network.seen("a", PlanReady) and network.seen("stranger", NotDrawn))
+    network.do("a", network.ends["a"].announce(Status(state="online", phase="training")))
+    network.pass_time(100.0)
+    topics = Counter(message.topic for message in network.published)
+    assert 4 <= topics[TOPICS.broadcast("round")] <= 9  # after pauses of 5 to 10 s, then of 10 to 20 and so on
+    assert 4 <= topics[TOPICS.from_("a", "status")] <= 9
+    assert [event.plan for event in network.seen("a", PlanReady)] == [plan]
+    assert len(network.seen("stranger", NotDrawn)) == 1
+    assert network.seen("coordinator", ClientSeen)[-1].client in ("a", "stranger")
+
+
 def test_a_broadcast_chunk_is_published_once_for_all_who_ask_within_the_gather_time(new_network):
     network = new_network(max_packet=SMALL_PACKETS)
     end = network.ends["coordinator"]
@@ -193,7 +217,7 @@ def test_a_broadcast_chunk_is_published_once_for_all_who_ask_within_the_gather_t
         end.handle(manifest_on(TOPICS.from_(client, "need"), need, sender=client), now)
         assert end.tick(now, 99) == []
     assert [parse(action.topic).index for action in end.tick(1.0 + GATHER_S, 99)] == [0, 1, 2, 3]
-    assert end.tick(9.0, 99) == []
+    assert end.tick(3.0, 99) == []
 
 
 def test_retained_manifests_are_published_again_after_a_reconnection(new_network):
