@@ -179,8 +179,12 @@ class Fetch:
         return to_bitmap(self._asked, self.ref.chunks) if missing else None
 
     def nudge(self, now: float) -> None:
-        """Ask again at once, unless chunks are coming: the other side has offered again."""
-        if now - self._last > max(NUDGE_S, PATIENCE * self._pace):
+        """Ask again at once: the other side has offered again, which it does only when it has nothing under way.
+
+        What it had sent before is here, since messages overtake each other rarely, or lost with its connection. Only a need
+        that has just gone out may have missed the offer.
+        """
+        if now - self._last > NUDGE_S:
             self.repeat.again()
 
     def blob(self) -> bytes | None:

@@ -12,6 +12,9 @@ from protocol.events import PlanReady
 from protocol.messages import FloatArray, TrainingResult, Update
 
 STEP = 0.01
+RANK_BYTES = 18_432  # of an update of tiny-clip, by rank
+FEATURE_BYTES = 264
+MOST_RANK = 256
 SAMPLES = (8, 64)
 
 
@@ -37,6 +40,13 @@ def light_result(ready: PlanReady, client: str) -> TrainingResult:
     )
     loss, accuracy = rng.random(2)
     return TrainingResult(plan.round, ready.base, update, int(counts.sum()), float(loss), float(accuracy), 0.0)
+
+
+def recipe_of(size: int, classes: int) -> dict[str, object]:
+    """Return a recipe by which tiny-clip's updates have about `size` bytes."""
+    rank = max(1, min(MOST_RANK, size // RANK_BYTES))
+    features = (size - rank * RANK_BYTES) // (FEATURE_BYTES * classes)
+    return {"name": "fedlora", "rank": rank, "features_per_class": features}
 
 
 def _unit(rows: FloatArray) -> FloatArray:

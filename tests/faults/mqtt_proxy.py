@@ -1,7 +1,8 @@
 """Faults that speak MQTT 5: PUBLISH packets are lost, doubled and delayed past each other, PUBACKs held back, by a seed.
 
-Only fixed headers are read, and of a PUBLISH topic and packet id. What is lost is acknowledged by the proxy, as a broker
-with a full queue does; a second copy travels at QoS 0, which nobody acknowledges.
+Only fixed headers are read, and of a PUBLISH topic and packet id. Acknowledgements keep their order, as MQTT demands: in the
+place of a message that is lost or late an empty one travels to a topic that nobody listens to, and is acknowledged; copies
+travel at QoS 0, which nobody acknowledges.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from tests.faults.relay import DOWN, UP, Pair, Relay
+from tests.faults.relay import Pair, Relay
 
 PUBLISH, PUBACK = 3, 4
+NOBODY = b"nobody"
+TINY_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class Packet:
                 return bytes([self.head, *length]) + self.body
 
 
-def puback(publish: Packet) -> Packet:
-    """Return what acknowledges a PUBLISH at QoS 1."""
-    return Packet(PUBACK << 4, publish.body[publish.id_at : publish.id_at + 2])
+def emptied(publish: Packet) -> Packet:
+    """Return an empty message at QoS 1 with the same packet id."""
+    no_properties = b"\x00"
+    topic = len(NOBODY).to_bytes(2, "big") + NOBODY
+    return Packet(publish.head & 0xFE, topic + publish.body[publish.id_at : publish.id_at + 2] + no_properties)
 
 
 def at_qos_0(publish: Packet) -> Packet:
@@ -107,35 +112,36 @@ class MqttProxy:
 
     async def _pump(self, pair: Pair, direction: str) -> None:
         reader, writer = pair.ends(direction)
-        _, back = pair.ends(DOWN if direction == UP else UP)
+        acks = 0.0  # when the last of them is due
         while (packet := await read_packet(reader)) is not None:
             if packet.kind == PUBLISH and packet.qos < 2:
-                self._publish(packet, writer, back)
-            elif packet.kind == PUBACK and self._hits(self._faults.hold_acks, "held"):
-                self._later(writer, packet)
+                self._publish(packet, writer)
+            elif packet.kind == PUBACK:
+                held = self._rng.uniform(0.0, self._faults.late_s) if self._hits(self._faults.hold_acks, "held") else 0.0
+                acks = max(acks + TINY_S, asyncio.get_running_loop().time() + held)
+                self._at(acks, writer, packet)
             else:
                 writer.write(packet.encode())
             await writer.drain()
 
-    def _publish(self, packet: Packet, writer: asyncio.StreamWriter, back: asyncio.StreamWriter) -> None:
+    def _publish(self, packet: Packet, writer: asyncio.StreamWriter) -> None:
         self.counts["messages"] += 1
-        if self._hits(self._faults.drop, "dropped"):
-            if packet.qos:
-                back.write(puback(packet).encode())
-            return
-        if self._hits(self._faults.double, "doubled"):
-            self._later(writer, at_qos_0(packet))
-        if self._hits(self._faults.reorder, "reordered"):
-            self._later(writer, packet)
-        else:
+        is_dropped = self._hits(self._faults.drop, "dropped")
+        is_late = not is_dropped and self._hits(self._faults.reorder, "reordered")
+        if is_late or (not is_dropped and self._hits(self._faults.double, "doubled")):
+            late = asyncio.get_running_loop().time() + self._rng.uniform(0.0, self._faults.late_s)
+            self._at(late, writer, at_qos_0(packet))
+        if not is_dropped and not is_late:
             writer.write(packet.encode())
+        elif packet.qos:
+            writer.write(emptied(packet).encode())
 
-    def _later(self, writer: asyncio.StreamWriter, packet: Packet) -> None:
+    def _at(self, moment: float, writer: asyncio.StreamWriter, packet: Packet) -> None:
         def write() -> None:
             if not writer.is_closing():
                 writer.write(packet.encode())
 
-        asyncio.get_running_loop().call_later(self._rng.uniform(0.0, self._faults.late_s), write)
+        asyncio.get_running_loop().call_at(moment, write)
 
     def _hits(self, probability: float, what: str) -> bool:
         hit = self._rng.random() < probability

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.conftest import wait_until
-from tests.faults.mqtt_proxy import MqttFaults, MqttProxy, Packet, at_qos_0, puback, read_packet
+from tests.faults.mqtt_proxy import MqttFaults, MqttProxy, Packet, at_qos_0, emptied, read_packet
 from tests.faults.proxy import FaultProxy
 from tests.faults.relay import UP
 
@@ -142,7 +142,7 @@ def test_packets_are_read_as_they_are_written(size: int) -> None:
     packet = Packet(0x32, b"\x00\x03a/b\x00\x07\x00" + bytes(size))
     assert packet_of(packet.encode()) == packet
     assert (packet.kind, packet.qos, packet.topic) == (3, 1, "a/b")
-    assert puback(packet) == Packet(0x40, b"\x00\x07")
+    assert emptied(packet) == Packet(0x32, b"\x00\x06nobody\x00\x07\x00")
     assert at_qos_0(packet) == Packet(0x30, b"\x00\x03a/b\x00" + bytes(size))
     assert packet_of(b"") is None
 

@@ -248,6 +248,19 @@ def test_a_repeated_offer_hastens_the_next_need_only_when_nothing_comes():
     assert fetch.need(2.5) is None
 
 
+def test_after_a_cut_of_a_slow_link_the_offer_is_answered_at_once_and_not_at_the_links_pace():
+    """A chunk comes every 2 s; then the link is cut, and the client that is back offers again."""
+    blob = a_blob(8 * CHUNK)
+    fetch, now = Fetch(reference(blob, CHUNK), Repeat(random.Random(0), 6.0), window=8), 0.0
+    assert fetch.need(now)
+    for index in range(3):
+        now += 2.0
+        fetch.chunk(index, blob[index * CHUNK : (index + 1) * CHUNK], now)
+    assert fetch.need(now + 1.5) is None
+    fetch.nudge(now + 1.5)
+    assert fetch.need(now + 1.5)
+
+
 def test_what_is_under_way_is_not_given_out_again_until_it_has_landed():
     blob = a_blob(4 * CHUNK)
     serve = Serve(blob, reference(blob, CHUNK))
