@@ -26,14 +26,13 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
 from protocol.errors import BusError
+from protocol.retry import Retry
 from protocol.settings import BrokerSettings
 
 log = logging.getLogger(__name__)
 
 WINDOW = 8
 PACKET_OVERHEAD = 64
-RETRY_BASE_S = 1.0
-RETRY_CAP_S = 60.0
 TLS_VERSIONS = {"1.3": ssl.TLSVersion.TLSv1_3, "1.2": ssl.TLSVersion.TLSv1_2}
 NO_ANSWER = "no answer"
 FOREVER_REFUSED = ("Not authorized", "Bad user name or password", "Client identifier not valid", "Banned")
@@ -152,19 +151,17 @@ class MqttBus:
             )
 
     def _stay_connected(self) -> None:
-        """Connect, serve until the link is lost, wait, again: full jitter between 0 and a doubling bound."""
-        tries = 0
+        """Connect, serve until the link is lost, wait, again."""
+        retry = Retry(random.Random())
         while not self._closing.is_set():
             if self._serve_once():
-                tries = 0
+                retry.taken_in()
             if self._closing.is_set():
                 return
             self._inbox.put(Disconnected(self._trouble))
             if self._trouble in FOREVER_REFUSED:
                 self._settled.set()
-            bound = min(RETRY_CAP_S, RETRY_BASE_S * 2.0 ** min(tries, 32))
-            tries += 1
-            self._closing.wait(random.uniform(0.05, bound))
+            self._closing.wait(retry.pause())
 
     def _serve_once(self) -> bool:
         """Run one connection to its end; return whether the broker took us in."""

@@ -130,6 +130,16 @@ class Cast:
         self.children[name] = self.zygote.fork(name, log, f"tests.faults.actors:{target}", **arguments, **more)
         return self.children[name]
 
+    def fleet(self, names: list[str], processes: int) -> None:
+        """Start light clients, many in each of a few processes; their notes go to fleet-N.notes."""
+        settings = {"federation": self.settings["federation"], "broker": {"url": self.broker.url}}
+        for number in range(processes):
+            name = f"fleet-{number}"
+            arguments = {"names": names[number::processes], "notes": str(self.folder / f"{name}.notes")}
+            log = self.folder / f"{name}.log"
+            child = self.zygote.fork(name, log, "tests.faults.fleet:sail", settings=settings, **arguments)
+            self.children[name] = child
+
     def check(self) -> None:
         """Fail with the log of a process that has ended by itself."""
         for child in self.children.values():

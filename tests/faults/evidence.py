@@ -63,6 +63,21 @@ def lost(folder: Path, state: Path, clients: Iterable[str]) -> set[tuple[str, in
     return told - {tuple(row) for row in rows(state, "SELECT client, number, sha256 FROM updates WHERE accepted")}
 
 
+def fleet_notes(path: Path, what: str) -> list[dict[str, Any]]:
+    """Return a fleet's notes of a kind; the last line may be half written."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    wanted = f'{{"what": "{what}"'
+    return [json.loads(line) for line in lines if line.startswith(wanted)]
+
+
+def fleet_lost(folder: Path, state: Path, fleets: int) -> tuple[set[tuple[str, int, str]], int]:
+    """Return the accepted receipts of fleets that the journal knows nothing of, and how many there are in all."""
+    notes = [note for number in range(fleets) for note in fleet_notes(folder / f"fleet-{number}.notes", "receipt")]
+    told = {(note["client"], note["round"], note["sha256"]) for note in notes if note["accepted"]}
+    known = {tuple(row) for row in rows(state, "SELECT client, number, sha256 FROM updates WHERE accepted")}
+    return told - known, len(told)
+
+
 def counted_twice(state: Path) -> list[tuple[Any, ...]]:
     """Return the clients that count more than once in a round."""
     twice = rows(state, "SELECT number, client FROM updates WHERE accepted GROUP BY number, client HAVING COUNT(*) > 1")

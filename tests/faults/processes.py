@@ -123,6 +123,11 @@ class Child:
             os.close(self.handle)
         return self.code
 
+    def memory(self, what: str = "VmHWM") -> int:
+        """Return its memory in bytes: the peak of what was resident, or another line of /proc/PID/status."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{what}:"))
+
     def tail(self) -> str:
         """Return the end of its log."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

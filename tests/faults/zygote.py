@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -43,6 +44,8 @@ def become(request: dict[str, Any]) -> None:
 
 def serve(imports: list[str]) -> None:
     """Answer requests until stdin ends."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a broker of thousands of clients has thousands of sockets
     for name in imports:
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
