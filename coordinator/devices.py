@@ -54,8 +54,7 @@ class Devices:
     def admit(self, sender: str, key: str) -> None:
         """Register a new device."""
         if sender not in self._known:
-            self._store.add_device(sender, key, replace=False)
-            self._known = self._store.devices()
+            self._known[sender] = self._store.add_device(sender, key, replace=False)
             log.info("new device %s with key %s", sender, key)
 
     def quarantine(self, client: str) -> None:

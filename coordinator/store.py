@@ -331,16 +331,22 @@ class Store:
             rows = connection.execute(select(DEVICES).order_by(DEVICES.c.client)).all()
         return {row.client: Device(row.key, row.revoked, row.quarantined) for row in rows}
 
-    def add_device(self, client: str, key: str, *, replace: bool = True) -> None:
-        """Register a device, also while a coordinator is at work; `replace` gives a known one this key, and lets it in."""
+    def add_device(self, client: str, key: str, *, replace: bool = True) -> Device:
+        """Register a device, also while a coordinator is at work; `replace` gives a known one this key, and lets it in.
+
+        Returns the device as it is known from now on.
+        """
         self._journal.make_tables()
         with self._journal.writing() as connection:
-            known = connection.scalar(select(DEVICES.c.key).where(DEVICES.c.client == client))
+            known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one_or_none()
+            if known is not None and not replace:
+                return Device(known.key, known.revoked, known.quarantined)
             if known is None:
                 connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
-            elif replace:
+            else:
                 anew = update(DEVICES).where(DEVICES.c.client == client)
                 connection.execute(anew.values(key=key, revoked=False, quarantined=False))
+        return Device(key, revoked=False)
 
     def revoke_device(self, client: str) -> bool:
         """Cut a device off, also while a coordinator is at work; return whether it was known."""

@@ -42,6 +42,22 @@ def test_an_open_federation_registers_a_new_device_once(store):
     assert verdict(Devices(store, "open"), "ann", OTHER) == "wrong-key"  # after a restart, too
 
 
+def test_a_new_device_costs_no_look_at_all_the_others(store, monkeypatch):
+    devices = Devices(store, "open")
+    monkeypatch.setattr(store, "devices", lambda: pytest.fail("read the whole table"))
+    for number in range(3):
+        devices.admit(f"device-{number}", ONE)
+    assert verdict(devices, "device-1", OTHER) == "wrong-key"
+
+
+def test_a_name_that_was_registered_beside_a_working_coordinator_keeps_its_key(store, tmp_path):
+    devices = Devices(store, "open")
+    Store(tmp_path / "state").add_device("ann", ONE)
+    devices.admit("ann", OTHER)
+    devices.check("ann", ONE)
+    assert verdict(devices, "ann", OTHER) == "wrong-key"
+
+
 def test_with_registration_only_those_who_were_added_come_in(store, tmp_path):
     devices = Devices(store, "registered")
     assert verdict(devices, "ann", ONE) == "unknown-device"
