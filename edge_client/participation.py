@@ -10,6 +10,9 @@ from protocol.messages import RoundPlan, Status
 from protocol.parcel import Parcel
 
 
+NOT_DRAWN = "not drawn for this round"
+
+
 @dataclass(frozen=True)
 class Train:
     """Start training for this plan."""
@@ -74,7 +77,10 @@ class Participation:
                 return self._planned(event)
             case NotDrawn(plan=plan):
                 self._current, self._newest = None, plan
-                return [*self._keep_offering(plan), self._announce("waiting", plan.round, "not drawn for this round")]
+                steps = self._keep_offering(plan)
+                if (self._status.phase, self._status.detail) == ("waiting", NOT_DRAWN):
+                    return steps  # in a large fleet most are not drawn: they need not all say so in every round
+                return [*steps, self._announce("waiting", plan.round, NOT_DRAWN)]
             case Finished(plan=plan):
                 self._current, self._newest = None, plan
                 return [*self._keep_offering(plan), self._announce("waiting", plan.round, "federation finished")]

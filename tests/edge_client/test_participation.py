@@ -139,6 +139,13 @@ def test_a_plan_for_others_is_waited_out(client):
     assert phase(steps) == ("waiting", 1, "not drawn for this round")
 
 
+def test_a_client_that_is_not_drawn_again_says_nothing_more(client):
+    client.on(not_drawn(1))
+    assert kinds(client.on(not_drawn(2))) == [Withdraw]
+    client.on(ready(3))
+    assert phase(client.on(not_drawn(4))) == ("waiting", 4, "not drawn for this round")
+
+
 def test_a_finished_training_is_sent(client):
     client.on(ready(1))
     steps = client.trained(result_of(ready(1)))
