@@ -328,8 +328,9 @@ class Store:
         with self._journal.reading() as connection:
             if connection is None:
                 return {}
-            rows = connection.execute(select(DEVICES).order_by(DEVICES.c.client)).all()
-        return {row.client: Device(row.key, row.revoked, row.quarantined) for row in rows}
+            columns = (DEVICES.c.client, DEVICES.c.key, DEVICES.c.revoked, DEVICES.c.quarantined)
+            rows = connection.execute(select(*columns).order_by(DEVICES.c.client)).all()
+        return {client: Device(key, revoked, quarantined) for client, key, revoked, quarantined in rows}
 
     def add_device(self, client: str, key: str, *, replace: bool = True) -> Device:
         """Register a device, also while a coordinator is at work; `replace` gives a known one this key, and lets it in.

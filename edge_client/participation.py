@@ -9,7 +9,6 @@ from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDra
 from protocol.messages import RoundPlan, Status
 from protocol.parcel import Parcel
 
-
 NOT_DRAWN = "not drawn for this round"
 
 

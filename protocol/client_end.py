@@ -41,7 +41,7 @@ from protocol.topics import Address, Topics, parse
 from protocol.transfer import (
     CHUNK_EXPIRY_S,
     LASTING_CAP_S,
-    LASTING_S,
+    PRESENCE_S,
     SLOW_LINK,
     SMALLEST_CUT,
     Pace,
@@ -84,7 +84,7 @@ class ClientEnd:
         self._signer = Signer() if state is None else Signer.open(state)
         self.gate = Gate(federation, trust or FirstUse(), None if state is None else state / "marks.json")
         self._status = Status(state="online")
-        self._presence = Repeat(rng, LASTING_S, LASTING_CAP_S)
+        self._presence = Repeat(rng, PRESENCE_S, LASTING_CAP_S)
         self._chunk_size = self._chunk_limit = chunk_size(None)
         self._pace = Pace()
         self._max_packet: int | None = None

@@ -48,7 +48,7 @@ from protocol.partial import FilePartials, MemoryPartials, Partials
 from protocol.sealing import Unsealer, purpose
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, LASTING_CAP_S, LASTING_S, NEED_S, Fetch, Repeat, Serve, chunk_size
+from protocol.transfer import BROADCAST_S, CHUNK_EXPIRY_S, LASTING_CAP_S, NEED_S, Fetch, Repeat, Serve, chunk_size
 from protocol.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class CoordinatorEnd:
         self._chunk_size = chunk_size(None)
         self._retained: dict[str, Manifest] = {}
         self._own: dict[str, ClientAdapter] = {}
-        self._lasting = Repeat(rng, LASTING_S, LASTING_CAP_S)
+        self._lasting = Repeat(rng, BROADCAST_S, LASTING_CAP_S)
         self._serves: dict[str, Serve] = {}
         self._clients: dict[str, _Client] = {}
         self._notices = Notices()
@@ -114,7 +114,9 @@ class CoordinatorEnd:
     def publish_bank(self, bank: TextBank) -> tuple[BlobRef, list[Action]]:
         """Announce a class bank, retained, and serve its blob from now on."""
         ref = self._serve("classes", encode_bank(bank))
-        return ref, self._retain(ClassBankManifest(version=bank.version, blob=ref))
+        manifest = ClassBankManifest(version=bank.version, blob=ref)
+        is_news = self._retained.get(manifest.kind) != manifest
+        return ref, self._retain(manifest) if is_news else []
 
     def serve_adapter(self, adapter: Adapter) -> BlobRef:
         """Serve the global adapter of the next plan; it replaces the last one."""
@@ -219,7 +221,9 @@ class CoordinatorEnd:
 
     def _serve(self, slot: str, blob: bytes) -> BlobRef:
         ref = reference(blob, self._chunk_size)
-        self._serves[slot] = Serve(blob, ref, GATHER_S)
+        known = self._serves.get(slot)
+        if known is None or known.ref != ref:  # else somebody may be about to get it
+            self._serves[slot] = Serve(blob, ref, GATHER_S)
         return ref
 
     def _retain(self, manifest: Manifest) -> list[Action]:

@@ -19,10 +19,8 @@ log = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 30
 CHUNK_EXPIRY_S = 60
-LASTING_S, LASTING_CAP_S = (
-    5.0,
-    300.0,
-)  # what is retained is said again after such pauses: a broker may lose it without a word
+# What is retained is said again after such pauses: a broker may lose it without a word.
+BROADCAST_S, PRESENCE_S, LASTING_CAP_S = 10.0, 30.0, 300.0
 PACKET_MARGIN = 512
 NEED_S = 6.0
 NUDGE_S = 1.0
