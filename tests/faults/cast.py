@@ -79,7 +79,8 @@ def mosquitto_binary() -> str:
 class Cast:
     """The processes of one federation by name: "coordinator", "broker" and the clients by their ids. Leaving ends them all.
 
-    `settings` are the coordinator's, without state and broker. `urls` says who reaches the broker by another way.
+    `settings` are the coordinator's, without state and broker. `urls` says who reaches the broker by another way,
+    `link` holds further settings of all links.
     """
 
     zygote: Zygote
@@ -88,6 +89,7 @@ class Cast:
     broker: Mosquitto | Embedded
     clients: tuple[str, ...]
     urls: dict[str, str] = field(default_factory=dict)
+    link: dict[str, Any] = field(default_factory=dict)
     children: dict[str, Child] = field(default_factory=dict)
 
     @property
@@ -119,7 +121,7 @@ class Cast:
         if name == BROKER:
             self.children[name] = self.broker.start()
             return self.children[name]
-        broker = {"url": self.urls.get(name, self.broker.url)}
+        broker = {"url": self.urls.get(name, self.broker.url), **self.link}
         common = {"state": str(self.folder / name), "broker": broker, "federation": self.settings["federation"]}
         log = self.folder / f"{name}.log"
         if name == COORDINATOR:

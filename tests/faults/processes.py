@@ -124,9 +124,9 @@ class Child:
         return self.code
 
     def memory(self, what: str = "VmHWM") -> int:
-        """Return its memory in bytes: the peak of what was resident, or another line of /proc/PID/status."""
+        """Return its memory in bytes: the peak of what was resident, or another line of its status; 0 once it has ended."""
         status = Path(f"/proc/{self.pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{what}:"))
+        return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{what}:")), 0)
 
     def tail(self) -> str:
         """Return the end of its log."""
