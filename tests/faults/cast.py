@@ -22,12 +22,16 @@ BROKER, COORDINATOR = "broker", "coordinator"
 
 @dataclass
 class Mosquitto:
-    """A Mosquitto on a port of its own, with further `lines` of configuration; what it keeps is in `folder`."""
+    """A Mosquitto on a port of its own, with further `lines` of configuration; what it keeps is in `folder`.
+
+    With `given` it runs by that configuration alone.
+    """
 
     zygote: Zygote
     folder: Path
     lines: tuple[str, ...] = ("persistence false",)
     port: int = field(default_factory=a_free_port)
+    given: str | None = None
 
     @property
     def url(self) -> str:
@@ -43,8 +47,13 @@ class Mosquitto:
         """Start it as a process; it does not listen yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         config = self.folder / "mosquitto.conf"
-        text = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", f"persistence_location {self.folder}/"]
-        config.write_text("\n".join([*text, "user root", *self.lines]) + "\n")
+        text = [
+            f"listener {self.port} 127.0.0.1",
+            "allow_anonymous true",
+            f"persistence_location {self.folder}/",
+            *self.lines,
+        ]
+        config.write_text("\n".join([*([self.given] if self.given else text), "user root"]) + "\n")
         return self.zygote.execute(BROKER, self.folder / "broker.log", [mosquitto_binary(), "-c", str(config)])
 
 
@@ -79,8 +88,8 @@ def mosquitto_binary() -> str:
 class Cast:
     """The processes of one federation by name: "coordinator", "broker" and the clients by their ids. Leaving ends them all.
 
-    `settings` are the coordinator's, without state and broker. `urls` says who reaches the broker by another way,
-    `link` holds further settings of all links.
+    `settings` are the coordinator's, without state and broker. `links` says who reaches the broker by other settings than its
+    URL, `zygotes` who is started by another one.
     """
 
     zygote: Zygote
@@ -88,8 +97,8 @@ class Cast:
     settings: dict[str, Any]
     broker: Mosquitto | Embedded
     clients: tuple[str, ...]
-    urls: dict[str, str] = field(default_factory=dict)
-    link: dict[str, Any] = field(default_factory=dict)
+    links: dict[str, dict[str, Any]] = field(default_factory=dict)
+    zygotes: dict[str, Zygote] = field(default_factory=dict)
     children: dict[str, Child] = field(default_factory=dict)
 
     @property
@@ -121,7 +130,7 @@ class Cast:
         if name == BROKER:
             self.children[name] = self.broker.start()
             return self.children[name]
-        broker = {"url": self.urls.get(name, self.broker.url), **self.link}
+        broker = {"url": self.broker.url, **self.links.get(name, {})}
         common = {"state": str(self.folder / name), "broker": broker, "federation": self.settings["federation"]}
         log = self.folder / f"{name}.log"
         if name == COORDINATOR:
@@ -129,7 +138,8 @@ class Cast:
         else:
             settings = {"id": name, "data": "digits", **common}
             target, arguments = "take_part_lightly", {"settings": settings, "notes": str(self.folder / f"{name}.notes")}
-        self.children[name] = self.zygote.fork(name, log, f"tests.faults.actors:{target}", **arguments, **more)
+        zygote = self.zygotes.get(name, self.zygote)
+        self.children[name] = zygote.fork(name, log, f"tests.faults.actors:{target}", **arguments, **more)
         return self.children[name]
 
     def fleet(self, names: list[str], processes: int) -> None:

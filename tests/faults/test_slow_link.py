@@ -29,8 +29,8 @@ def test_an_update_comes_through_a_slow_link_that_is_cut_again_and_again(
     size, cuts, time_limit, bytes_limit = (5_000_000, (20.0, 40.0), 1.25, 1.15) if full else (300_000, (4.0, 7.0), 2.0, 1.5)
     broker = Mosquitto(zygote, folder / BROKER)
     proxy = fault_proxy(broker.port, seed=4, rate=RATE, directions=(UP,))
-    urls = {"one": f"mqtt://127.0.0.1:{proxy.port}"}
-    with Cast(zygote, folder, settings_for(size), broker, ("one",), urls) as cast:
+    links = {"one": {"url": f"mqtt://127.0.0.1:{proxy.port}"}}
+    with Cast(zygote, folder, settings_for(size), broker, ("one",), links) as cast:
         cast.begin()
 
         def note(what: str) -> dict[str, Any] | None:

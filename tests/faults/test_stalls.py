@@ -92,10 +92,10 @@ def live(zygote: Zygote, folder: Path, broker: Mosquitto, number: int) -> str:
     faults = schedule(rng)
     names = (COORDINATOR, *CLIENTS)
     proxies = {name: FaultProxy(broker.port) for name in names}
-    urls = {name: f"mqtt://127.0.0.1:{proxy.port}" for name, proxy in proxies.items()}
+    links = {name: {"url": f"mqtt://127.0.0.1:{proxy.port}", **KEEPALIVE} for name, proxy in proxies.items()}
     home, slow = folder / str(number), rng.choice((None, *CLIENTS))
     try:
-        with Cast(zygote, home, settings(number), broker, CLIENTS, urls, KEEPALIVE) as cast:
+        with Cast(zygote, home, settings(number), broker, CLIENTS, links) as cast:
             for name in names:
                 seconds = SLOW_S if name == slow else TRAINING_S
                 cast.start(name, **({} if name == COORDINATOR else {"seconds": seconds}))
