@@ -47,13 +47,9 @@ class Mosquitto:
         """Start it as a process; it does not listen yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         config = self.folder / "mosquitto.conf"
-        text = [
-            f"listener {self.port} 127.0.0.1",
-            "allow_anonymous true",
-            f"persistence_location {self.folder}/",
-            *self.lines,
-        ]
-        config.write_text("\n".join([*([self.given] if self.given else text), "user root"]) + "\n")
+        open_to_all = (f"listener {self.port} 127.0.0.1", "allow_anonymous true", f"persistence_location {self.folder}/")
+        text = (self.given,) if self.given else (*open_to_all, *self.lines)
+        config.write_text("\n".join([*text, "user root"]) + "\n")
         return self.zygote.execute(BROKER, self.folder / "broker.log", [mosquitto_binary(), "-c", str(config)])
 
 
@@ -88,8 +84,8 @@ def mosquitto_binary() -> str:
 class Cast:
     """The processes of one federation by name: "coordinator", "broker" and the clients by their ids. Leaving ends them all.
 
-    `settings` are the coordinator's, without state and broker. `links` says who reaches the broker by other settings than its
-    URL, `zygotes` who is started by another one.
+    `settings` are the coordinator's, without state and broker. `links` says who reaches the broker by other settings than
+    its URL, `zygotes` who is started by another one.
     """
 
     zygote: Zygote

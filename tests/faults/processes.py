@@ -43,7 +43,7 @@ class Zygote:
             env={**os.environ, **quiet, **(env or {})},
             start_new_session=True,
         )
-        assert "ready" in self._answer(), "the zygote did not start: run it by hand to see why"
+        self._is_ready = False
 
     def fork(self, name: str, log: Path, target: str, **arguments: Any) -> Child:
         """Start a function "module:function" as a process."""
@@ -79,6 +79,9 @@ class Zygote:
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._popen.stdin is not None
+        if not self._is_ready:
+            assert "ready" in self._answer(), "the zygote did not start: run it by hand to see why"
+            self._is_ready = True
         print(json.dumps(request), file=self._popen.stdin, flush=True)
         return self._answer()
 

@@ -1,4 +1,4 @@
-"""R10: clocks that are wrong by up to 400 days, each by its own and another one every second: rounds do not ask for the time.
+"""R10: clocks that are wrong by up to 400 days, each by its own, and another one every second: rounds ask for no time.
 
 Mutual TLS throughout, with certificates by `clipcast ca` and the broker's configuration by `clipcast broker config`.
 """
@@ -73,7 +73,7 @@ def certified(folder: Path, zygote: Zygote) -> tuple[Mosquitto, dict[str, dict[s
 
 @contextmanager
 def jumping(clocks: dict[str, Path], rng: random.Random) -> Iterator[list[int]]:
-    """Set a clock to another day every second: all of them to the worst days first. Yields the days that they were set to."""
+    """Set a clock to another day every second: all to the worst days first. Yields the days that they were set to."""
     days = dict(zip(clocks, (DAYS, -DAYS, 0), strict=True))
     for name, clock in clocks.items():
         clock.write_text(f"{days[name]:+d}d\n")
@@ -121,4 +121,3 @@ def test_rounds_complete_whatever_the_clocks_say(
     logs = [(folder / f"{name}.log").read_text() for name in names]
     years = {line[:4] for log in logs for line in log.splitlines() if line[:2] == "20"}
     assert len(years) > 1, "the clocks were never wrong"
-    score("R10", "valid messages refused", sum("refused a message" in log for log in logs), "", "0", passed=True)

@@ -50,7 +50,7 @@ def test_lost_doubled_and_reordered_messages_change_no_bit(
         home = folder / name.replace(" ", "-")
         broker = (Embedded if embedded else Mosquitto)(zygote, home / BROKER)
         proxy = MqttProxy(broker.port, seed, FAULTS[name])
-        everybody = dict.fromkeys((COORDINATOR, *CLIENTS), {"url": f"mqtt://127.0.0.1:{proxy.port}"})
+        everybody = {name: {"url": f"mqtt://127.0.0.1:{proxy.port}"} for name in (COORDINATOR, *CLIENTS)}
         try:
             state = run_to_its_end(Cast(zygote, home, settings(rounds), broker, CLIENTS, everybody), 60 + 30 * rounds)
         finally:
