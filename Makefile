@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults check bench bench-method bench-method-quick clean
+.PHONY: demo test test-faults check bench bench-load bench-method bench-method-quick clean
 
 demo: $(VENV)/.demo  ## run the whole system on this machine, e.g. make demo ARGS="--clients 2 --rounds 3"
 	$(BIN)/clipcast demo $(ARGS)
@@ -25,6 +25,9 @@ bench: $(VENV)/.dev  ## the figures that README.md quotes
 	$(BIN)/python benchmarks/round_overhead.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/frozen_blocks.py
+
+bench-load: $(VENV)/.dev  ## a coordinator with hundreds of clients: overhead of a round, memory; about ten minutes on two cores
+	$(BIN)/python -m benchmarks.load $(ARGS)
 
 bench-method: $(VENV)/.dev  ## what each part of the method is worth: every table, about an hour on two cores
 	$(BIN)/python benchmarks/method/run.py $(ARGS)

@@ -27,10 +27,8 @@ def coordinate(settings: dict[str, Any]) -> None:
     """Run a coordinator to its last round; it ends as its command does."""
     try:
         for record in conduct(CoordinatorConfig.model_validate(settings)):
-            print(
-                f"round {record.round}: {record.outcome}, {len(record.accepted)} accepted, {record.seconds:.2f} s",
-                flush=True,
-            )
+            counts = f"{len(record.accepted)} accepted, {len(record.rejected)} rejected"
+            print(f"{time.monotonic():.3f} round {record.round}: {record.outcome}, {counts}", flush=True)
     except Exception as error:
         if code_of(error) == BUG:
             raise
