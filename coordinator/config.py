@@ -51,7 +51,7 @@ batch_size = 16
 
 # [recipe.privacy]                    # needs features_per_class = 0, and the extra `privacy` on the devices
 # clip = 0.1                          # L2 bound on the adapter's whole change in a round
-# noise_multiplier = 2.0              # noise over the sensitivity to one picture
+# noise_multiplier = 2.0              # noise over the sensitivity to one picture; docs/security.md says what it costs
 # delta = 1e-5
 # epsilon = 8.0                       # no device goes beyond, in all its rounds and runs
 
