@@ -7,13 +7,13 @@ say which of the two they do. Sums run in the order given, so equal inputs in eq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Adapter = dict[str, NDArray[np.float32]]
+Adapter = Mapping[str, NDArray[np.float32]]
 Matrix = NDArray[np.float64]
 A, B = ".lora_A", ".lora_B"
 NEGLIGIBLE = 1e-12  # of the largest singular value: rounding, not a direction
@@ -44,7 +44,7 @@ def delta(adapter: Adapter, layer: str, scale: float) -> Matrix:
 def mean_of_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Average A and B apart, weighted: what FedAvg does to LoRA parameters. All adapters must have the same shapes."""
     shares = _shares(weights)
-    mean: Adapter = {}
+    mean: dict[str, NDArray[np.float32]] = {}
     for name in sorted(adapters[0]):
         total: NDArray[Any] = np.zeros(adapters[0][name].shape, np.float64)
         for adapter, share in zip(adapters, shares, strict=True):
@@ -60,7 +60,7 @@ def mean_of_products(adapters: Sequence[Adapter], weights: Sequence[float], rank
     [w_k B_k] [A_k], thin QR of both stacks leaves a core of (sum of ranks) squared. Ranks of the adapters may differ.
     """
     shares = _shares(weights)
-    mean: Adapter = {}
+    mean: dict[str, NDArray[np.float32]] = {}
     for layer in layers(adapters[0]):
         left = np.hstack([s * a[layer + B].astype(np.float64) for a, s in zip(adapters, shares, strict=True)])
         right = np.vstack([a[layer + A].astype(np.float64) for a in adapters])

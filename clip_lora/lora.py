@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -82,7 +83,7 @@ def block_of(name: str) -> int:
 def initial_adapter(shapes: Shapes, seed: int) -> Adapter:
     """Return round 0's adapter: B = 0, A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5, as in LoRA and peft)."""
     rng = np.random.default_rng(seed)
-    adapter: Adapter = {}
+    adapter: dict[str, NDArray[np.float32]] = {}
     for name, (rows, columns) in shapes.items():
         bound = 1.0 / np.sqrt(columns) if name.endswith(".lora_A") else 0.0
         adapter[name] = rng.uniform(-bound, bound, (rows, columns)).astype(np.float32)

@@ -97,10 +97,17 @@ class Collection:
         hopeless = len(set(self.plan.participants) - (out - self._accepted.keys())) < self._quorum
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
+    def rest(self, answer: Answer, update: Update) -> None:
+        """Put an accepted update's twin in its place: the same values, with an adapter that stays on the disk."""
+        for kept in (self._accepted, self._came_late):
+            if answer.client in kept and kept[answer.client].offer == answer.offer:
+                kept[answer.client] = replace(kept[answer.client], update=update)
+
     def take_back(self, answer: Answer) -> None:
         """Forget an answer that could not be kept: the update may come again."""
-        kept = self._accepted if answer.offer.round == self.plan.round else self._came_late
-        kept.pop(answer.client, None)
+        for kept in (self._accepted, self._came_late):
+            if answer.client in kept and kept[answer.client].offer == answer.offer:
+                del kept[answer.client]
         self.refused = [other for other in self.refused if other is not answer]
 
     def give_up(self, client: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from clip_lora.algebra import rank_of
 from coordinator.aggregate import Contribution, aggregate
+from coordinator.on_demand import OnDemand, each
 from coordinator.personal import Attention, at_rank, below, personalise
 from coordinator.recipe import FederationRecipe
 from coordinator.text_side import TextLoss, TextSamples, TextSide
@@ -20,7 +21,8 @@ from protocol.messages import Adapter, TextBank
 class Knowledge:
     """What a federation knows after a round: class bank, global adapter, text adapter, clients' own adapters.
 
-    Adapters have the values that are stored (float16), so that a restarted coordinator computes the same bits.
+    Adapters have the values that are stored (float16), so that a restarted coordinator computes the same bits. Clients' own
+    ones are in memory one at a time: made, or read from the store, when they are asked for.
     """
 
     bank: TextBank
@@ -64,16 +66,15 @@ class Learner:
         contributions = {client: c for client, c in everything.items() if c.discount == 1.0}
         bank, text, loss = self._train_text(contributions, known)
         common = stored(aggregate(everything, recipe.aggregation, recipe.rank, known.adapter))
-        renewed: dict[str, Adapter] = {}
+        renewed: Mapping[str, Adapter] = {}
         attention = None
         if recipe.personal.query != "none":
             personal, attention = personalise(contributions, recipe, bank.embeddings, common)
-            absent = {client: adapter for client, adapter in known.own.items() if client not in personal}
             # Below the cut everybody has the global adapter, and that is new for the absent too.
-            renewed = {**personal, **(self._cut(absent, common) if recipe.personal.cut else {})}
-        own = {**known.own, **{client: stored(adapter) for client, adapter in renewed.items()}}
+            absent = self._cut(known.own, common) if recipe.personal.cut else {}
+            renewed = _first_of(personal, absent)
         lesson = Lesson(loss, attention, class_accuracy(contributions, bank), tuple(sorted(renewed)))
-        return Knowledge(bank, common, text, own), lesson
+        return Knowledge(bank, common, text, _with(renewed, known.own)), lesson
 
     def align(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Train the text side alone, on features as the final global adapter sees them."""
@@ -82,18 +83,23 @@ class Learner:
 
     def close(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Take what the closing round's clients trained, or a query makes of it, as their own adapters; all else stays."""
-        trained = {client: contributions[client].update.adapter for client in sorted(contributions)}
+        trained = OnDemand(contributions, each(lambda client: contributions[client].update.adapter))
         own, attention = self._cut(trained, known.adapter), None
         if self._recipe.personal.query != "none" and self._recipe.personal.ex_query:
             personal, attention = personalise(contributions, self._recipe, known.bank.embeddings, known.adapter)
-            own |= personal
+            own = _first_of(personal, own)
         lesson = Lesson(None, attention, class_accuracy(contributions, known.bank), tuple(own))
-        return replace(known, own={**known.own, **{client: stored(adapter) for client, adapter in own.items()}}), lesson
+        return replace(known, own=_with(own, known.own)), lesson
 
-    def _cut(self, own: Mapping[str, Adapter], common: Adapter) -> dict[str, Adapter]:
+    def _cut(self, own: Mapping[str, Adapter], common: Adapter) -> Mapping[str, Adapter]:
         """Return clients' adapters with the global one in the blocks below the cut (docs/method.md, step 1)."""
         cut = self._recipe.personal.cut
-        return {client: below(cut, at_rank(common, rank_of(adapter)), adapter) for client, adapter in own.items()}
+
+        def make(client: str) -> Adapter:
+            adapter = own[client]
+            return below(cut, at_rank(common, rank_of(adapter)), adapter) if cut else adapter
+
+        return OnDemand(own, each(make))
 
     def _train_text(
         self, contributions: Mapping[str, Contribution], known: Knowledge
@@ -116,6 +122,16 @@ NO_LESSON = Lesson(None, None, {})
 def stored(adapter: Adapter) -> Adapter:
     """Return the adapter as it comes back from disk or wire."""
     return decode_adapter(encode_adapter(adapter))
+
+
+def _first_of(one: Mapping[str, Adapter], other: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
+    """Return the union of clients' adapters; where both have a client's, that of `one`."""
+    return OnDemand({*one, *other}, each(lambda client: one[client] if client in one else other[client]))
+
+
+def _with(renewed: Mapping[str, Adapter], old: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
+    """Return clients' own adapters after a round: the renewed ones as they are stored, the others as they were."""
+    return _first_of(OnDemand(renewed, each(lambda client: stored(renewed[client]))), old)
 
 
 def class_accuracy(contributions: Mapping[str, Contribution], bank: TextBank) -> dict[str, float]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clip_lora.algebra import mean_of_factors, mean_of_products, rank_of
+from clip_lora.algebra import A, B, layers, mean_of_factors, mean_of_products, rank_of
 from clip_lora.lora import block_of
 from coordinator.aggregate import Contribution
+from coordinator.on_demand import OnDemand
 from coordinator.query import Holder, Matrix, attention, cluster, entropy, keep_share, together
 from coordinator.recipe import FederationRecipe
 from protocol.messages import Adapter, FloatArray
+
+TOGETHER_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ class Attention:
 
 def personalise(
     contributions: Mapping[str, Contribution], recipe: FederationRecipe, text: FloatArray, common: Adapter
-) -> tuple[dict[str, Adapter], Attention | None]:
-    """Return each contributor's adapter and the attention. `common` is the global adapter, used in blocks below the cut.
+) -> tuple[Mapping[str, Adapter], Attention | None]:
+    """Return each contributor's adapter, made when it is asked for, and the attention.
+
+    `common` is the global adapter, used in blocks below the cut.
 
     client adapter_k = sum_j a_kj adapter_j, by the recipe's algebra (docs/method.md, step 6). Who sent no prototypes can
     neither ask nor be found: such a client is left out. The attention is None if that leaves nobody.
@@ -43,7 +48,7 @@ def personalise(
         return {}, None
     updates = [contributions[client].update for client in clients]
     holders = [Holder.of(update) for update in updates]
-    adapters: Sequence[Adapter] = [update.adapter for update in updates]
+    adapters = sent = [update.adapter for update in updates]
     sources, names = list(holders), list(clients)
     clustered = bool(how.clusters) and how.query != "identity"
     if clustered:
@@ -58,14 +63,24 @@ def personalise(
     weights = attention(how.query, holders, sources, how.tau_q, text)
     if not clustered:
         weights = keep_share(weights, how.own_share)
-    own: dict[str, Adapter] = {}
-    for client, update, row in zip(clients, updates, weights, strict=True):
-        rank = rank_of(update.adapter)
-        mine = blend(adapters, row.tolist(), recipe, rank)
-        if clustered and how.own_share:
-            mine = blend([update.adapter, mine], [how.own_share, 1.0 - how.own_share], recipe, rank)
-        own[client] = below(how.cut, at_rank(common, rank), mine)
-    return own, Attention(tuple(clients), tuple(names), weights, entropy(weights))
+    rows = dict(zip(clients, weights.tolist(), strict=True))
+    ranks = dict(zip(clients, map(rank_of, sent), strict=True))
+
+    def make(group: Sequence[str]) -> Sequence[Adapter]:
+        """Go layer by layer, so that each source's is read once for all of the group."""
+        own: list[dict[str, FloatArray]] = [{} for _ in group]
+        for layer in layers(common):
+            parts, base = [_part(adapter, layer) for adapter in adapters], _part(common, layer)
+            for client, done in zip(group, own, strict=True):
+                mine = blend(parts, rows[client], recipe, ranks[client])
+                if clustered and how.own_share:
+                    both = [_part(contributions[client].update.adapter, layer), mine]
+                    mine = blend(both, [how.own_share, 1.0 - how.own_share], recipe, ranks[client])
+                done.update(below(how.cut, at_rank(base, ranks[client]), mine))
+        return own
+
+    at_once = max(1, TOGETHER_BYTES // max(1, sum(factor.nbytes for factor in common.values())))
+    return OnDemand(clients, make, at_once), Attention(tuple(clients), tuple(names), weights, entropy(weights))
 
 
 def blend(adapters: Sequence[Adapter], weights: Sequence[float], recipe: FederationRecipe, rank: int) -> Adapter:
@@ -82,6 +97,10 @@ def blend(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Federat
 def at_rank(adapter: Adapter, rank: int) -> Adapter:
     """Return the adapter at another rank: the best approximation of its B A, or the same product padded with zeros."""
     return adapter if rank_of(adapter) == rank else mean_of_products([adapter], [1.0], rank)
+
+
+def _part(adapter: Adapter, layer: str) -> Adapter:
+    return {name: adapter[name] for name in (layer + A, layer + B)}
 
 
 def below(cut: int, common: Adapter, own: Adapter) -> Adapter:

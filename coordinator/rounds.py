@@ -17,6 +17,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.devices import Devices
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
+from coordinator.on_demand import OnDemand, each
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord, mean_told
 from coordinator.store import Opened, Store
 from protocol.codec import encode_adapter, sha256
@@ -78,11 +79,12 @@ class Federation:
             lesson = NO_LESSON
             if collection.has_quorum:
                 missed = 0
-                known, lesson = self._phase(number).learn(collection.contributions, known)
+                with self._store.intact():
+                    known, lesson = self._phase(number).learn(collection.contributions, known)
             else:
                 missed += 1
             record = self._record(collection, lesson, known, time.monotonic() - started)
-            self._store.finish(record, known, lesson)
+            known = self._store.finish(record, known, lesson)
             yield record
             if missed >= MISSED_ROUNDS:
                 raise FederationError(
@@ -241,9 +243,9 @@ class Federation:
             return False, {client: Start(common, shapes[rank]) for client, rank in ranks.items()}
         if not from_own:
             known = replace(known, own={})
-        own = self._end.serve_client_adapters(
-            self._run, number, {client: known.start_of(client, rank) for client, rank in ranks.items()}
-        )
+        starting = OnDemand(ranks, each(lambda client: known.start_of(client, ranks[client])))
+        with self._store.intact():
+            own = self._end.serve_client_adapters(self._run, number, starting)
         self._link.do(self._end.publish_client_adapters(own))
         return True, {client: Start(own[client].adapter.sha256, shapes[rank]) for client, rank in ranks.items()}
 
@@ -321,6 +323,8 @@ class Federation:
                         log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback
                         collection.take_back(answer)
                         return
+                    if isinstance(event, UpdateArrived) and answer.verdict.accepted:
+                        collection.rest(answer, self._store.at_rest(event.update, event.blob))
                 self._reply(answer)
 
     def _reply(self, answer: Answer) -> None:

@@ -14,7 +14,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,8 +29,9 @@ from coordinator.errors import FederationError
 from coordinator.journal import DEVICES, KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
+from protocol.at_rest import StoredAdapter
 from protocol.blobs import BlobError, Blobs
-from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank
+from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
 from protocol.errors import WireError
 from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Update, Verdict
 
@@ -168,7 +169,7 @@ class Store:
             self._bank(newest[BANK, version]),
             self._adapter(newest[ADAPTER, ""]),
             self._adapter(text) if text is not None else None,
-            {name: self._adapter(digest) for (kind, name), digest in sorted(newest.items()) if kind == OWN},
+            {name: self._stored(digest) for (kind, name), digest in sorted(newest.items()) if kind == OWN},
         )
 
     def adapter(self, number: int) -> Adapter:
@@ -195,8 +196,16 @@ class Store:
         return str(found)
 
     def _adapter(self, digest: str) -> Adapter:
+        return self._decoded(digest)[0]
+
+    def _stored(self, digest: str) -> Adapter:
+        """Return an adapter that stays on the disk, and that was whole a moment ago."""
+        return StoredAdapter(self.blobs.path(digest), self._decoded(digest)[1])
+
+    def _decoded(self, digest: str) -> tuple[Adapter, bytes]:
+        blob = self._blob(digest)
         try:
-            return decode_adapter(self._blob(digest))
+            return decode_adapter(blob), blob
         except WireError as error:
             raise self._foreign(error) from error
 
@@ -207,8 +216,14 @@ class Store:
             raise self._foreign(error) from error
 
     def _blob(self, digest: str) -> bytes:
-        try:
+        with self.intact():
             return self.blobs.get(digest)
+
+    @contextmanager
+    def intact(self) -> Iterator[None]:
+        """Around whatever reads adapters that stay on the disk: raises FederationError if one was damaged meanwhile."""
+        try:
+            yield
         except BlobError as error:
             raise FederationError(
                 f"the journal names a blob that cannot be used ({error}): restore it, or move {self.folder} aside"
@@ -253,12 +268,15 @@ class Store:
         came_late: list[tuple[str, Offer, Update]] = []
         for found in answers:
             offer = _read(Offer, found.offer, self._journal)
-            if found.accepted and found.number < row.number:
-                came_late.append((found.client, offer, decode_update(self._blob(found.blob))))
-            elif found.accepted:
-                accepted[found.client] = Contribution(offer, decode_update(self._blob(found.blob)))
-            else:
+            if not found.accepted:
                 refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
+                continue
+            blob = self._blob(found.blob)
+            update = self.at_rest(decode_update(blob), blob)
+            if found.number < row.number:
+                came_late.append((found.client, offer, update))
+            else:
+                accepted[found.client] = Contribution(offer, update)
         plan = _read(RoundPlan, row.plan, self._journal)
         return Opened(plan, json.loads(row.ranks), accepted, tuple(refused), tuple(came_late))
 
@@ -309,6 +327,10 @@ class Store:
                     blob=digest,
                 )
             )
+
+    def at_rest(self, update: Update, blob: bytes) -> Update:
+        """Return a kept update's twin whose adapter stays on the disk: in memory it would weigh twice its blob."""
+        return replace(update, adapter=StoredAdapter.of_update(self.blobs.path(sha256(blob)), blob))
 
     def answered(self, client: str, offer: Offer) -> Answer | None:
         """Return the answer that this very update got, in whatever round and before whatever restart."""
@@ -365,20 +387,27 @@ class Store:
         """Take the folder for this coordinator; raises FederationError if another one is at work there."""
         self._journal.prepare()
 
-    def finish(self, record: RoundRecord, known: Knowledge, lesson: Lesson = NO_LESSON) -> None:
-        """End a round: keep its record and what it changed, forget its updates and what is older than is kept."""
-        self._commit(record.round, known, lesson, record)
+    def finish(self, record: RoundRecord, known: Knowledge, lesson: Lesson = NO_LESSON) -> Knowledge:
+        """End a round: keep its record and what it changed, forget its updates and what is older than is kept.
 
-    def _commit(self, number: int, known: Knowledge, lesson: Lesson, record: RoundRecord | None) -> None:
-        """Blobs first, then one transaction, then the blobs that it left without a name."""
+        Returns what is known with clients' own adapters as they are kept: `known` may still make them from the updates.
+        """
+        return self._commit(record.round, known, lesson, record)
+
+    def _commit(self, number: int, known: Knowledge, lesson: Lesson, record: RoundRecord | None) -> Knowledge:
+        """Blobs first, clients' own adapters one after another; then one transaction, then what it left without a name."""
         made = {(ADAPTER, ""): encode_adapter(known.adapter)}
         if number == 0 or lesson.text is not None:
             made[BANK, str(known.bank.version)] = encode_bank(known.bank)
             if known.text is not None:
                 made[TEXT, str(known.bank.version)] = encode_adapter(known.text)
-        made |= {(OWN, client): encode_adapter(known.own[client]) for client in lesson.renewed}
-        with self._writable():
+        own = {client: known.own[client] for client in known.own if client not in lesson.renewed}
+        with self._writable(), self.intact():
             digests = {key: self.blobs.put(blob) for key, blob in made.items()}
+            for client in lesson.renewed:
+                blob = encode_adapter(known.own[client])
+                digests[OWN, client] = self.blobs.put(blob)
+                own[client] = StoredAdapter(self.blobs.path(digests[OWN, client]), blob)
         with self._journal.writing() as connection:
             before = self._named(connection)
             connection.execute(delete(KEPT).where(KEPT.c.number == number))
@@ -391,6 +420,7 @@ class Store:
         with self._writable():
             for digest in unnamed:
                 self.blobs.remove(digest)
+        return replace(known, own=dict(sorted(own.items())))
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ Array = NDArray[Any]
 MAX_HEADER = 1024 * 1024
 INT8_STEPS = 127
 HEADER_ENTRY, HEADER_REST = 160, 4096  # of a safetensors header: a tensor's entry besides its name, and all else
+UPDATE_FACTORS = "adapter."  # what the names of an update's factors begin with
 
 
 def sha256(data: bytes) -> str:
@@ -107,7 +108,7 @@ def encode_update(update: Update) -> bytes:
         raise WireError("features hold values that are not finite: training diverged, lower the learning rate")
     scale = np.max(np.abs(update.features), axis=1, initial=0.0, keepdims=True) / INT8_STEPS
     scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
-    arrays = {f"adapter.{name}": array for name, array in _pack_adapter(update.adapter).items()}
+    arrays = {UPDATE_FACTORS + name: array for name, array in _pack_adapter(update.adapter).items()}
     arrays |= {
         "prototypes": _half(update.prototypes, "prototypes"),
         "prototype_classes": update.prototype_classes.astype(np.int32),
@@ -132,7 +133,7 @@ def largest_update(shapes: Mapping[str, tuple[int, ...]], width: int, classes: i
 def decode_update(blob: bytes) -> Update:
     """Blob -> update; raises WireError if the arrays do not fit each other. Values are checked by the coordinator."""
     arrays, _ = _decode(blob, "update")
-    adapter = {name.removeprefix("adapter."): a for name, a in arrays.items() if name.startswith("adapter.")}
+    adapter = {name.removeprefix(UPDATE_FACTORS): a for name, a in arrays.items() if name.startswith(UPDATE_FACTORS)}
     prototypes = _take(arrays, "prototypes", np.float16, 2)
     classes = _take(arrays, "prototype_classes", np.int32, 1)
     counts = _take(arrays, "prototype_counts", np.int32, 1)

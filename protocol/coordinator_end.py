@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol.at_rest import KeptBlob, kept
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.envelope import COORDINATOR, expect
@@ -123,14 +124,17 @@ class CoordinatorEnd:
         return self._serve("round", encode_adapter(adapter))
 
     def serve_client_adapters(self, run: str, number: int, adapters: Mapping[str, Adapter]) -> dict[str, ClientAdapter]:
-        """Serve the adapters that clients start round `number` from; they replace the last round's. Equal ones once."""
+        """Serve the adapters that clients start round `number` from; they replace the last round's. Equal ones once.
+
+        What lies in a file of its own is served from there.
+        """
         self._serves = {slot: serve for slot, serve in self._serves.items() if slot in BROADCASTS}
         own: dict[str, ClientAdapter] = {}
         for client, adapter in adapters.items():
             blob = encode_adapter(adapter)
             ref = reference(blob, self._chunk_size)
             if all(serve.ref.sha256 != ref.sha256 for serve in self._serves.values()):
-                self._serve(ref.sha256, blob)
+                self._serve(ref.sha256, kept(adapter, ref.sha256) or blob)
             own[client] = ClientAdapter(run=run, round=number, adapter=ref)
         return own
 
@@ -219,8 +223,8 @@ class CoordinatorEnd:
                 actions.append(Publish(self.topics.blob(serve.ref.sha256, index), data, expiry_s=CHUNK_EXPIRY_S))
         return actions
 
-    def _serve(self, slot: str, blob: bytes) -> BlobRef:
-        ref = reference(blob, self._chunk_size)
+    def _serve(self, slot: str, blob: bytes | KeptBlob) -> BlobRef:
+        ref = reference(blob[:], self._chunk_size)
         known = self._serves.get(slot)
         if known is None or known.ref != ref:  # else somebody may be about to get it
             self._serves[slot] = Serve(blob, ref, GATHER_S)

@@ -5,6 +5,7 @@ A manifest is at most 16 KB. Anything larger is a blob, which a manifest names b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -14,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
-Adapter = dict[str, FloatArray]
-"""LoRA factors by layer: `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank)."""
+Adapter = Mapping[str, FloatArray]
+"""LoRA factors by layer: `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank). Perhaps not in memory."""
 
 CHUNK_SIZE = 64 * 1024
 MIN_CHUNK_SIZE = 1024

@@ -10,6 +10,7 @@ import logging
 import random
 from dataclasses import dataclass, field
 
+from protocol.at_rest import KeptBlob
 from protocol.codec import sha256
 from protocol.errors import WireError
 from protocol.messages import CHUNK_SIZE, MIN_CHUNK_SIZE, BlobRef
@@ -212,7 +213,7 @@ class Serve:
     it gave out is not given out again until it has `landed`: on a slow link it is still under way.
     """
 
-    blob: bytes
+    blob: bytes | KeptBlob
     ref: BlobRef
     gather: float = 0.0
     _wanted: set[int] = field(default_factory=set)
@@ -243,4 +244,8 @@ class Serve:
         self._wanted.difference_update(taken)
         self._out.update(taken)
         size = self.ref.chunk_size
-        return [(index, self.blob[index * size : (index + 1) * size]) for index in taken]
+        try:
+            return [(index, self.blob[index * size : (index + 1) * size]) for index in taken]
+        except OSError as error:  # gone with its round: who still wants it takes the next plan
+            log.warning("blob %s cannot be served: %s", self.ref.sha256[:12], error)
+            return []

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.at_rest import KeptBlob, StoredAdapter
+from protocol.blobs import Blobs
 from protocol.bus import Connected, Delivery, Publish, Subscribe
 from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter, encode_bank, reference
@@ -455,3 +457,24 @@ def test_a_client_listens_to_its_own_manifests_only():
     actions, _ = ClientEnd("fed", "a", random.Random(0)).handle(Connected(None), 0.0)
     wanted = [action.filter for action in actions if isinstance(action, Subscribe)]
     assert [name for name in wanted if "/to/" in name] == [TOPICS.to("a", "+")]
+
+
+def test_adapters_that_lie_in_files_are_served_from_there_chunk_by_chunk(tmp_path):
+    end, blobs = CoordinatorEnd("fed", random.Random(0)), Blobs(tmp_path)
+    end.handle(Connected(SMALL_PACKETS), 0.0)
+    in_memory, blob = an_adapter(5), encode_adapter(an_adapter(4))
+    on_disk = StoredAdapter(blobs.path(blobs.put(blob)), blob)
+    own = end.serve_client_adapters("run-1", 1, {"ann": on_disk, "bob": in_memory})
+    assert own["ann"].adapter == reference(blob, own["ann"].adapter.chunk_size)
+    held = {type(serve.blob) for serve in end._serves.values()}
+    assert held == {KeptBlob, bytes}
+    end.handle(Connected(2 * SMALL_PACKETS), 0.0)  # another broker: cut anew
+    serve = end._serves[own["ann"].adapter.sha256]
+    assert serve.ref.chunks < own["ann"].adapter.chunks
+    serve.need(to_bitmap(set(range(serve.ref.chunks)), serve.ref.chunks), 0.0)
+    chunks = serve.take(1000, 1.0)
+    assert b"".join(data for _, data in chunks) == blob
+    blobs.remove(own["ann"].adapter.sha256)  # its round is long over
+    serve.need(to_bitmap({0}, serve.ref.chunks), 100.0)
+    serve.landed()
+    assert serve.take(1000, 200.0) == []
