@@ -21,12 +21,13 @@ from protocol.files import write_atomic
 from protocol.settings import SettingsError
 
 CA = "ca"
+CRL = "crl.pem"
 YEARS = 20
 START = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
 
 
 class Authority:
-    """A folder with an authority: `ca.pem` for everybody, `ca.key` for nobody else."""
+    """A folder with an authority: `ca.pem` for everybody, `ca.key` for nobody else, `crl.pem` for the broker."""
 
     def __init__(self, folder: Path, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
         self.folder = folder
@@ -47,7 +48,9 @@ class Authority:
             builder.add_extension(usage, critical=True).add_extension(identifier, critical=False).sign(key, hashes.SHA256())
         )
         _write(folder, CA, certificate, key)
-        return cls(folder, certificate, key)
+        authority = cls(folder, certificate, key)
+        authority._publish([])
+        return authority
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
@@ -83,6 +86,56 @@ class Authority:
             builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         _write(self.folder, name, builder.sign(self._key, hashes.SHA256()), key)
         return self.folder / f"{name}.pem"
+
+    def revoke(self, name: str) -> Path:
+        """Put the certificate NAME.pem on the list of revoked ones, and rename it NAME-SERIAL.revoked.pem: the name is free.
+
+        Returns the list's path. A repetition after a crash ends in the same. Raises SettingsError if there is no such
+        certificate.
+        """
+        path = self.folder / f"{name}.pem"
+        try:
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{path} cannot be read as a certificate: {error}") from error
+        if name == CA or certificate.issuer != self._certificate.subject:
+            raise SettingsError(f"{path} is not a certificate that this authority has issued")
+        entry = x509.RevokedCertificateBuilder(certificate.serial_number, dt.datetime.now(dt.timezone.utc))
+        known = {old.serial_number: old for old in self._revoked()}
+        self._publish([*known.values(), *([] if certificate.serial_number in known else [entry.build()])])
+        path.rename(self.folder / f"{name}-{certificate.serial_number:x}.revoked.pem")
+        return self.folder / CRL
+
+    def _revoked(self) -> list[x509.RevokedCertificate]:
+        path = self.folder / CRL
+        try:
+            return list(x509.load_pem_x509_crl(path.read_bytes()))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"{path} cannot be read: {error}. Restore it: without it what was revoked is valid"
+            ) from error
+
+    def _publish(self, revoked: Sequence[x509.RevokedCertificate]) -> None:
+        """Write the list of revoked certificates; like these it is valid for clocks that start in 1970."""
+        until = dt.datetime.now(dt.timezone.utc) + dt.timedelta(days=365 * YEARS)
+        builder = x509.CertificateRevocationListBuilder().issuer_name(self._certificate.subject)
+        builder = builder.last_update(START).next_update(until)
+        for entry in revoked:
+            builder = builder.add_revoked_certificate(entry)
+        number = x509.CRLNumber(len(revoked) + 1)
+        identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        signed = (
+            builder.add_extension(number, critical=False)
+            .add_extension(identifier, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        try:
+            write_atomic(self.folder / CRL, signed.public_bytes(serialization.Encoding.PEM))
+            (self.folder / CRL).chmod(0o644)
+        except OSError as error:
+            raise SettingsError(f"{self.folder} cannot be written: {error}") from error
 
 
 def _begin(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:

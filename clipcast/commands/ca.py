@@ -1,4 +1,4 @@
-"""`clipcast ca init|issue`."""
+"""`clipcast ca init|issue|revoke`."""
 
 from __future__ import annotations
 
@@ -45,3 +45,21 @@ def issue(
     check_name(name, "name")
     certificate = Authority.open(folder).issue(name, host or [])
     typer.echo(f"wrote {certificate} and {certificate.with_suffix('.key')}: copy both, and ca.pem, to where they are used")
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="Whose certificate is taken back.")],
+    folder: Folder = Path("ca"),
+) -> None:
+    """Take a certificate back: the broker refuses it from its next start on. The name may then be issued anew.
+
+    Example: `clipcast ca revoke jetson-1 ca`. What counts at once is `clipcast device revoke`.
+    """
+    from coordinator.authority import Authority
+    from protocol.topics import check_name
+
+    check_name(name, "name")
+    typer.echo(
+        f"wrote {Authority.open(folder).revoke(name)}: restart the broker. `clipcast device revoke {name}` counts at once"
+    )

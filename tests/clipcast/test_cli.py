@@ -63,6 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "device revoke",
             "ca init",
             "ca issue",
+            "ca revoke",
             "broker config",
             "export",
             "infer",
@@ -299,6 +300,12 @@ def test_an_authority_and_a_broker_are_made_in_five_commands(tmp_path: Path) -> 
     assert "cannot be used in a topic" in clipcast("ca", "issue", "a/b", "ca", cwd=tmp_path, code=3).stderr
     missing = clipcast("broker", "config", "other", "--ca", "elsewhere", cwd=tmp_path).stderr
     assert "clipcast ca issue broker elsewhere --host HOST" in missing
+    assert "clipcast device revoke jetson-1" in clipcast("ca", "revoke", "jetson-1", "ca", cwd=tmp_path).stdout
+    clipcast("ca", "issue", "jetson-1", "ca", cwd=tmp_path)
+    clipcast("broker", "config", "emqx", "--for", "emqx", "--ca", "ca", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "emqx").iterdir()} == {"emqx.conf", "acl.conf"}
+    (tmp_path / "ca" / "crl.pem").unlink()
+    assert "crl.pem is missing" in clipcast("broker", "config", "broker", "--ca", "ca", cwd=tmp_path).stderr
 
 
 def test_keys_are_made_once_and_devices_are_let_in_and_cut_off(tmp_path: Path) -> None:
