@@ -24,11 +24,11 @@ tls_version tlsv1.3
 # Who has no certificate of our authority stays outside; the certificate's name is the user in the access rules.
 require_certificate true
 use_identity_as_username true
-# Whose certificate `clipcast ca revoke` has taken back is refused from the next start of the broker on.
+# Whose certificate `clipcast ca revoke` has taken back is refused once `kill -HUP` has made the broker read this list again.
 crlfile {certificates}/{crl}
 allow_anonymous false
 allow_zero_length_clientid false
-# A line `topic deny #` below `user ID` cuts a device off at once: `kill -HUP` makes the broker read the rules again.
+# A line `topic deny #` below `user ID` cuts a device off that is connected, after another `kill -HUP`.
 acl_file {folder}/acl
 # What somebody has left here who may no longer write there is given to nobody.
 check_retain_source true

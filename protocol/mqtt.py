@@ -13,7 +13,6 @@ import logging
 import queue
 import random
 import socket
-import ssl
 import threading
 from collections import deque
 from typing import Any
@@ -24,6 +23,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from protocol import tls
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
 from protocol.errors import BusError
 from protocol.retry import Retry
@@ -33,9 +33,18 @@ log = logging.getLogger(__name__)
 
 WINDOW = 8
 PACKET_OVERHEAD = 64
-TLS_VERSIONS = {"1.3": ssl.TLSVersion.TLSv1_3, "1.2": ssl.TLSVersion.TLSv1_2}
 NO_ANSWER = "no answer"
-FOREVER_REFUSED = ("Not authorized", "Bad user name or password", "Client identifier not valid", "Banned")
+WITHOUT_A_WORD = "it ended the connection without a word"
+UNREACHED = "Check that it runs there and that [broker] in the settings names it; `mosquitto -v` starts one for a try"
+CURES = {
+    "Not authorized": "Check `username` and `password_file`, or `cert_file`, under [broker], and its access rules",
+    "Bad user name or password": "Check `username` and `password_file` under [broker]",
+    "Client identifier not valid": "Its log says what it wants",
+    "Banned": "Its log says why",
+    "Unsupported protocol version": "It speaks MQTT 3.1.1 at most: clipcast needs MQTT 5 (Mosquitto 1.6 or newer)",
+    WITHOUT_A_WORD: "Perhaps it asks for credentials or a client's certificate, or speaks TLS on that port (mqtts://)",
+}
+RESET = "reset by peer"
 
 
 class MqttBus:
@@ -45,7 +54,7 @@ class MqttBus:
         self._settings = settings
         self._client_id = client_id
         self._will = will
-        self._tls = _tls_context(settings)
+        self._tls = tls.context(settings) if settings.tls else None
         self._password = settings.password_file.read_text().strip() if settings.password_file else None
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._client: Client | None = None
@@ -67,16 +76,15 @@ class MqttBus:
         """Connect, and wait until the broker has taken us in; raises BusError with the broker's or the system's reason."""
         try:
             bus = cls(settings, client_id, will)
-        except (OSError, ssl.SSLError) as error:
-            raise BusError(f"broker credentials cannot be read: {error}. Check the files named under [broker]") from error
+        except (OSError, tls.CredentialsError) as error:
+            raise BusError(
+                f"the broker's credentials cannot be read: {error}. Check the files named under [broker]"
+            ) from error
         bus._thread.start()
         bus._settled.wait(settings.connect_timeout_s)
         if not bus._ever_taken_in:  # lost again at once, as by a take-over, is a matter for what follows
             bus.close()
-            raise BusError(
-                f"cannot reach the broker at {settings.url}: {bus._trouble}. Check that it is running there and that the "
-                f"[broker] section of the settings names it; `mosquitto -v` starts one for a try"
-            )
+            raise BusError(f"cannot reach the broker at {settings.url}: {bus._trouble}. {bus._cure()}")
         return bus
 
     def do(self, action: Action) -> None:
@@ -159,21 +167,23 @@ class MqttBus:
             if self._closing.is_set():
                 return
             self._inbox.put(Disconnected(self._trouble))
-            if self._trouble in FOREVER_REFUSED:
-                self._settled.set()
+            if self._tls and (self._trouble == WITHOUT_A_WORD or RESET in self._trouble):
+                self._trouble = tls.refusal(self._settings, self._tls) or self._trouble
+            if not self._cure().startswith(UNREACHED) and self._trouble != WITHOUT_A_WORD:
+                self._settled.set()  # no use in trying again
             self._closing.wait(retry.pause())
 
     def _serve_once(self) -> bool:
         """Run one connection to its end; return whether the broker took us in."""
         self._taken_in = False
         client = self._make_client()
+        self._lost.clear()  # now: paho may find the link lost while it still connects
         try:
             client.connect(self._settings.host, self._settings.port, self._settings.keepalive_s, clean_start=True)
-        except (OSError, ssl.SSLError, ValueError) as error:
-            self._trouble = str(error) or type(error).__name__
+        except (OSError, ValueError) as error:
+            self._trouble = tls.plain(error)
             log.debug("broker %s: %s", self._settings.url, self._trouble)
             return False
-        self._lost.clear()
         self._in_flight.clear()
         self._acknowledged.clear()
         self._client = client
@@ -186,6 +196,11 @@ class MqttBus:
         client.loop_stop()
         self._client = None
         return taken_in
+
+    def _cure(self) -> str:
+        if self._settings.tls and RESET in self._trouble:
+            return f"{UNREACHED}. Perhaps that port does not speak TLS: then write mqtt:// in `url`"
+        return CURES.get(self._trouble) or tls.cure(self._trouble) or UNREACHED
 
     def _make_client(self) -> Client:
         client = Client(
@@ -238,7 +253,7 @@ class MqttBus:
         if code.is_failure and self._taken_in:  # before that, the broker's own reason is the better one
             self._trouble = str(code)
         elif code.is_failure and self._trouble == NO_ANSWER:
-            self._trouble = "it ended the connection without a word; does it ask for credentials or a client certificate?"
+            self._trouble = WITHOUT_A_WORD
         self._lost.set()
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
@@ -263,13 +278,3 @@ class MqttBus:
 def _send_at_once(_client: Client, _data: Any, sock: Any) -> None:
     """Switch off Nagle's algorithm: with it every need and offer waits for a delayed acknowledgement, about 40 ms."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
-    if not settings.tls:
-        return None
-    context = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
-    context.minimum_version = TLS_VERSIONS[settings.tls_version]
-    if settings.cert_file:
-        context.load_cert_chain(settings.cert_file, settings.key_file)
-    return context

@@ -52,14 +52,13 @@ def revoke(
     name: Annotated[str, typer.Argument(help="Whose certificate is taken back.")],
     folder: Folder = Path("ca"),
 ) -> None:
-    """Take a certificate back: the broker refuses it from its next start on. The name may then be issued anew.
+    """Take a certificate back: the broker lets it in no more. The name may then be issued anew.
 
-    Example: `clipcast ca revoke jetson-1 ca`. What counts at once is `clipcast device revoke`.
+    Example: `clipcast ca revoke jetson-1 ca`. Who is connected stays so: `clipcast device revoke` cuts off within 5 s.
     """
     from coordinator.authority import Authority
     from protocol.topics import check_name
 
     check_name(name, "name")
-    typer.echo(
-        f"wrote {Authority.open(folder).revoke(name)}: restart the broker. `clipcast device revoke {name}` counts at once"
-    )
+    written = Authority.open(folder).revoke(name)
+    typer.echo(f"wrote {written}: send the broker SIGHUP. `clipcast device revoke {name}` cuts off who is connected")

@@ -9,6 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from paho.mqtt.client import Client
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
 import protocol
 from protocol.bus import Connected, Delivery, Disconnected, Publish, Subscribe, Unsubscribe
@@ -211,3 +214,21 @@ def test_wake_ends_a_wait_from_another_thread(mosquitto, connect):
     bus.wake()
     waiting.join(10.0)
     assert results == [None]
+
+
+def test_a_link_that_is_lost_while_it_connects_is_made_anew(mosquitto, connect, monkeypatch):
+    """paho says so before its `connect` returns, when CONNECT cannot be written."""
+    lost, ordinary = [], Client.connect
+
+    def lose_the_first(client: Client, *arguments: object, **settings: object):
+        code = ordinary(client, *arguments, **settings)
+        if not lost:
+            lost.append(client)
+            client.socket().close()
+            client._sock = None
+            client.on_disconnect(client, None, None, ReasonCode(PacketTypes.DISCONNECT, "Unspecified error"), None)
+        return code
+
+    monkeypatch.setattr(Client, "connect", lose_the_first)
+    assert isinstance(next_event(connect(mosquitto())), Disconnected)
+    assert len(lost) == 1
