@@ -13,6 +13,7 @@ import logging
 import queue
 import random
 import socket
+import ssl
 import threading
 from collections import deque
 from typing import Any
@@ -55,7 +56,7 @@ class MqttBus:
         self._client_id = client_id
         self._will = will
         self._tls = tls.context(settings) if settings.tls else None
-        self._password = settings.password_file.read_text().strip() if settings.password_file else None
+        self._password = settings.password()
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._client: Client | None = None
         self._connected = False
@@ -99,11 +100,7 @@ class MqttBus:
             return
         match action:
             case Publish(topic=topic, payload=payload, retain=retain, expiry_s=expiry):
-                properties = None
-                if expiry is not None:
-                    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-                    properties.MessageExpiryInterval = expiry
-                info = client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+                info = client.publish(topic, payload, qos=1, retain=retain, properties=expiring(expiry))
                 if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
                     self._in_flight.add(info.mid)
             case Subscribe(filter=topic_filter):
@@ -203,24 +200,13 @@ class MqttBus:
         return CURES.get(self._trouble) or tls.cure(self._trouble) or UNREACHED
 
     def _make_client(self) -> Client:
-        client = Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=self._client_id,
-            protocol=MQTTProtocolVersion.MQTTv5,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = 5.0
+        client = new_client(self._settings, self._client_id, self._tls, self._password)
         client.max_inflight_messages_set(self._window)
-        client.on_socket_open = _send_at_once
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
-        if self._settings.username:
-            client.username_pw_set(self._settings.username, self._password)
-        if self._tls:
-            client.tls_set_context(self._tls)
         if self._will:
             client.will_set(self._will.topic, self._will.payload, qos=1, retain=self._will.retain)
         return client
@@ -273,6 +259,29 @@ class MqttBus:
         if self._starved:
             self._starved = False
             self._inbox.put(None)
+
+
+def new_client(settings: BrokerSettings, client_id: str, secured: ssl.SSLContext | None, secret: str | None) -> Client:
+    """Return a paho client that speaks MQTT 5 and does not reconnect by itself; it is not connected yet."""
+    client = Client(
+        CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTProtocolVersion.MQTTv5, reconnect_on_failure=False
+    )
+    client.connect_timeout = 5.0
+    client.on_socket_open = _send_at_once
+    if settings.username:
+        client.username_pw_set(settings.username, secret)
+    if secured is not None:
+        client.tls_set_context(secured)
+    return client
+
+
+def expiring(seconds: int | None) -> Properties | None:
+    """Return the properties of a message that is worthless after so many seconds."""
+    if seconds is None:
+        return None
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.MessageExpiryInterval = seconds
+    return properties
 
 
 def _send_at_once(_client: Client, _data: Any, sock: Any) -> None:

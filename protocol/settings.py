@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -79,6 +79,19 @@ class BrokerSettings(BaseModel):
         parts = urlsplit(self.url)
         return parts.port or PORTS[parts.scheme]
 
+    def password(self) -> str | None:
+        """Return what is in the password file, if one is named; raises OSError."""
+        return self.password_file.read_text().strip() if self.password_file else None
+
+
+class Participant(BaseModel):
+    """What a coordinator's settings and a client's have in common; the rest is ignored. A coordinator's have no `id`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    federation: str
+    id: str = "coordinator"
+    broker: BrokerSettings = BrokerSettings()
+
 
 def beside(path: str, info: ValidationInfo) -> str:
     """Return a path of a settings file relative to that file's folder; for validators."""
@@ -111,11 +124,17 @@ def parse_settings(text: str, path: Path, schema: type[Settings]) -> Settings:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
+    return settings_of(data, schema, path)
+
+
+def settings_of(data: dict[str, Any], schema: type[Settings], path: Path | None = None) -> Settings:
+    """Read settings that came from the file `path`, or from a command's options; raises SettingsError."""
     try:
-        return schema.model_validate(data, context={"folder": path.absolute().parent})
+        return schema.model_validate(data, context={"folder": path.absolute().parent} if path else None)
     except ValidationError as error:
         lines = [explain_problem(problem["loc"], problem["msg"], problem["type"]) for problem in error.errors()]
-        raise SettingsError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        where = f"{path}:" if path else "these options cannot be used:"
+        raise SettingsError(f"{where}\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
 def _port_is_valid(url: str) -> bool:

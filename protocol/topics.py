@@ -79,6 +79,10 @@ class Topics:
         """Return the topic of chunk `index` of a client's upload."""
         return f"{self._base}/from/{check_name(client, 'client id')}/blob/{sha256}/{index}"
 
+    def check(self, client: str, name: str) -> str:
+        """Return a topic that a client may write to and nobody listens to: for measuring a broker."""
+        return f"{self._base}/from/{check_name(client, 'client id')}/check/{check_name(name, 'check')}"
+
     def blob_filter(self, sha256: str) -> str:
         """Return the filter for all chunks of one broadcast blob."""
         return f"{self._base}/blob/{sha256}/+"

@@ -65,6 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ca issue",
             "ca revoke",
             "broker config",
+            "broker check",
             "export",
             "infer",
             "demo",
