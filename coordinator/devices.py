@@ -62,6 +62,11 @@ class Devices:
         self._store.quarantine_device(client)
         self._known = self._store.devices()
 
+    def is_revoked(self, client: str) -> bool:
+        """Whether a device was cut off for good, and not only given another key."""
+        known = self._known.get(client)
+        return known is not None and known.revoked
+
     def refresh(self) -> set[str]:
         """Read the table again if it is time; return the devices that were revoked or replaced meanwhile."""
         if self._clock() - self._read < REFRESH_S:

@@ -263,15 +263,15 @@ class Federation:
                 self._settle(event, collection)
 
     def _poll(self, seconds: float, collection: Collection | None) -> list[CoordinatorEvent]:
-        """Wait for events at most so long, and see who was cut off meanwhile."""
-        events = self._link.poll(min(seconds, POLL_S))
+        """See who was cut off, and wait for events at most so long."""
         for client in self._devices.refresh() if self._devices is not None else ():
-            log.warning("device %s was revoked or replaced: what it was about is given up", client)
+            revoked = self._devices is not None and self._devices.is_revoked(client)
+            log.warning("device %s was %s: what is under way is given up", client, "revoked" if revoked else "replaced")
             self._online.pop(client, None)
             self._end.cut_off(client)
-            if collection is not None:
+            if collection is not None and revoked:  # with another key it may still do its part
                 collection.give_up(client)
-            events = [event for event in events if getattr(event, "client", None) != client]
+        events = self._link.poll(min(seconds, POLL_S))
         for client in {event.client for event in events if isinstance(event, Cloned)}:
             self._shut_out(client, collection)
         return events

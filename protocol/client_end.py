@@ -17,7 +17,7 @@ from protocol.download import Download, Shelf
 from protocol.envelope import expect
 from protocol.errors import BusError, Refused, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
-from protocol.gate import FirstUse, Gate, Trust, note
+from protocol.gate import Anchor, FirstUse, Gate, note
 from protocol.messages import (
     CHUNK_SIZE,
     Adapter,
@@ -31,6 +31,7 @@ from protocol.messages import (
     Receipt,
     RoundPlan,
     Status,
+    Successor,
     TextBank,
     TrainingResult,
 )
@@ -74,7 +75,7 @@ class ClientEnd:
     """One client's side of the protocol. All methods return the actions that the bus should carry out."""
 
     def __init__(
-        self, federation: str, client_id: str, rng: random.Random, state: Path | None = None, trust: Trust | None = None
+        self, federation: str, client_id: str, rng: random.Random, state: Path | None = None, trust: Anchor | None = None
     ) -> None:
         self.topics = Topics(federation)
         self.bytes_received = 0
@@ -82,7 +83,8 @@ class ClientEnd:
         self._rng = rng
         self._shelf = Shelf(rng, state)
         self._signer = Signer() if state is None else Signer.open(state)
-        self.gate = Gate(federation, trust or FirstUse(), None if state is None else state / "marks.json")
+        self._trust = trust or FirstUse()
+        self.gate = Gate(federation, self._trust, None if state is None else state / "marks.json")
         self._status = Status(state="online")
         self._presence = Repeat(rng, PRESENCE_S, LASTING_CAP_S)
         self._chunk_size = self._chunk_limit = chunk_size(None)
@@ -208,7 +210,15 @@ class ClientEnd:
             assert address.sha256 is not None
             assert address.index is not None
             return self._chunk(address.sha256, address.index, payload, now)
+        if address.kind == Successor.kind and address.direction == "all":
+            return self._followed(payload), []
         return self._manifest_came(address, payload, now)
+
+    def _followed(self, chain: bytes) -> list[Action]:
+        """Follow the coordinator to a new key; then ask again for what is retained, which was refused if it came before."""
+        if not self._trust.follow(chain, self.topics.federation):
+            return []
+        return [Subscribe(name) for name in self.topics.client_filters(self._id)]
 
     def _manifest_came(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
         envelope = self.gate.open(address, payload)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol import succession
 from protocol.at_rest import KeptBlob, kept
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
@@ -41,6 +42,7 @@ from protocol.messages import (
     Receipt,
     RoundPlan,
     Status,
+    Successor,
     TextBank,
     Verdict,
 )
@@ -92,6 +94,7 @@ class CoordinatorEnd:
         self.bytes_up: Counter[str] = Counter()
         self._rng = rng
         self._signer = Signer() if state is None else Signer.open(state)
+        self._keys = b"" if state is None else succession.load(state, federation, self._signer.public)
         self.gate = Gate(federation, trust or FirstUse())
         self._unsealer = None
         if seal_updates:
@@ -243,6 +246,8 @@ class CoordinatorEnd:
                 f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
             ) from error
         actions: list[Action] = [Subscribe(name) for name in self.topics.coordinator_filters()]
+        if self._keys:
+            actions.append(Publish(self.topics.broadcast(Successor.kind), self._keys, retain=True))
         for state in self._clients.values():
             if state.fetch is not None:
                 state.fetch.repeat.again()

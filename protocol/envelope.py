@@ -26,6 +26,7 @@ from protocol.messages import (
     Receipt,
     RoundPlan,
     Status,
+    Successor,
 )
 
 VERSION = 1
@@ -34,7 +35,7 @@ COORDINATOR = "coordinator"
 
 KINDS: dict[str, type[Manifest]] = {
     manifest.kind: manifest
-    for manifest in (ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Notice, Status)
+    for manifest in (ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Notice, Status, Successor)
 }
 NOBODY = "0" * 16
 Instance = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]

@@ -15,6 +15,7 @@ from protocol.instances import Instances
 from protocol.messages import Status
 from protocol.notices import CLONED
 from protocol.signing import MAX_TOKEN, opened, public_key, signer_of
+from protocol.succession import leads_to, newest
 from protocol.topics import Address
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,13 @@ class Trust(Protocol):
         """Take in a sender whose first message has passed the gate; does nothing if it is known."""
 
 
+class Anchor(Trust, Protocol):
+    """Whose key counts at a client, which follows its coordinator from key to key."""
+
+    def follow(self, chain: bytes, federation: str) -> bool:
+        """Take in the coordinator's statements; return whether they lead to another key, which counts from now on."""
+
+
 class FirstUse:
     """Trusts the key that a sender is first seen with, and no other from then on, for as long as this process runs."""
 
@@ -48,14 +56,26 @@ class FirstUse:
         """Remember the sender's key."""
         self._keys.setdefault(sender, key)
 
+    def follow(self, chain: bytes, federation: str) -> bool:
+        """Follow the coordinator to its newest key."""
+        known = self._keys.get(COORDINATOR)
+        if known is not None:
+            self._keys[COORDINATOR] = newest(chain, federation, known)
+        return self._keys.get(COORDINATOR) != known
+
 
 class Pinned:
-    """Trusts one coordinator: by the key in the settings, or else by the first one seen, kept in the file `path`."""
+    """Trusts one coordinator: by the key in the settings, or else by the first one seen, kept in the file `path`.
+
+    Where that key has led to by the coordinator's statements is kept beside it, in `coordinator.followed`.
+    """
 
     def __init__(self, path: Path, key: str | None = None) -> None:
         self._path = path
+        self._followed = path.with_suffix(".followed")
         self._given = key
-        self._key = key or self._read()
+        self._first = key or self._read()
+        self._key = self._first and self._led_to(self._first)
 
     def check(self, sender: str, key: str) -> None:
         """Raise Refused if this is not the coordinator's key."""
@@ -74,8 +94,37 @@ class Pinned:
                 write_atomic(self._path, key.encode())
             except OSError as error:
                 raise KeyFileError(f"{self._path} cannot be written: {error}") from error
-            self._key = key
+            self._first = self._key = key
             log.info("from now on the coordinator's key is %s", key)
+
+    def follow(self, chain: bytes, federation: str) -> bool:
+        """Follow the coordinator to its newest key; raises KeyFileError if that cannot be kept."""
+        if self._first is None or self._key is None:
+            return False
+        key = newest(chain, federation, self._key)
+        if key == self._key:
+            if not leads_to(chain, federation, key):
+                log.warning("the key statements at the broker do not lead to the coordinator's key: who has an old one?")
+            return False
+        try:
+            write_atomic(self._followed, f"{self._first}\n{key}".encode())
+        except OSError as error:
+            raise KeyFileError(f"{self._followed} cannot be written: {error}") from error
+        self._key = key
+        log.info("the coordinator has a new key, by a statement of its old one: %s", key)
+        return True
+
+    def _led_to(self, first: str) -> str:
+        try:
+            start, _, key = self._followed.read_text(encoding="ascii").partition("\n")
+            public_key(key)
+        except FileNotFoundError:
+            return first
+        except (OSError, ValueError) as error:
+            raise KeyFileError(
+                f"{self._followed} cannot be read: {error}. Remove it; the coordinator's statements lead there again"
+            ) from error
+        return key if start == first else first  # else the operator has put another key in its place
 
     def _read(self) -> str | None:
         try:
@@ -97,10 +146,11 @@ class Gate:
         self._federation = federation
         self._trust = trust
         self._marks = marks
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, str, str], int] = {}  # by sender, key and kind
         self._instances: dict[str, Instances] = {}
         if marks is not None:
-            self._seen = {(COORDINATOR, kind): number for kind, number in _read_marks(marks).items()}
+            key, numbers = _read_marks(marks)
+            self._seen = {(COORDINATOR, key, kind): number for kind, number in numbers.items()}
 
     def open(self, address: Address, payload: bytes) -> Envelope:
         """Return the manifest inside; raises Refused, which names the verdict."""
@@ -136,7 +186,7 @@ class Gate:
         if not (isinstance(envelope.manifest, Status) and envelope.manifest.state == "offline"):
             # What a device that is gone has left at the broker gives nobody its name.
             self._trust.admit(sender, key)
-        self._check_order(sender, address.kind, envelope.sequence)
+        self._check_order(sender, key, address.kind, envelope.sequence)
         return envelope
 
     def _check_alone(self, sender: str, envelope: Envelope) -> None:
@@ -149,31 +199,31 @@ class Gate:
                 f"it an id and a state of its own; then `clipcast device add {sender} KEY` lets the other one in again",
             )
 
-    def _check_order(self, sender: str, kind: str, number: int) -> None:
+    def _check_order(self, sender: str, key: str, kind: str, number: int) -> None:
         if kind == "status":  # a hint; and the last will, which is signed long before it is said
             return
-        last = self._seen.get((sender, kind), 0)
+        last = self._seen.get((sender, key, kind), 0)
         # The broker gives out what is retained again and again; all else is said anew with a new number.
         if number < last or (number == last and kind not in RETAINED):
             raise Refused("replayed", f"number {number} of {sender} after {last}: old, or said again by somebody else")
-        self._seen[sender, kind] = number
+        self._seen[sender, key, kind] = number
         if self._marks is not None and number > last and kind in LASTING:
-            lasting = {kind: number for (_, kind), number in self._seen.items() if kind in LASTING}
+            lasting = {kind: number for (_, by, kind), number in self._seen.items() if kind in LASTING and by == key}
             try:
-                write_atomic(self._marks, json.dumps(lasting).encode())
+                write_atomic(self._marks, json.dumps({"key": key, **lasting}).encode())
             except OSError as error:
                 log.warning("%s cannot be written, a restart will believe what is older: %s", self._marks, error)
 
 
-def _read_marks(path: Path) -> dict[str, int]:
+def _read_marks(path: Path) -> tuple[str, dict[str, int]]:
     try:
         marks = json.loads(path.read_bytes())
-        return {kind: int(marks[kind]) for kind in LASTING if kind in marks}
+        return str(marks["key"]), {kind: int(marks[kind]) for kind in LASTING if kind in marks}
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
+        return "", {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("%s cannot be read, older manifests would be believed: %s", path, error)
-        return {}
+        return "", {}
 
 
 def note(counts: Counter[str], topic: str, error: Refused) -> None:

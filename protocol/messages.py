@@ -211,6 +211,13 @@ class Notice(Manifest):
     detail: Text = ""
 
 
+class Successor(Manifest):
+    """Names the coordinator's next key, in base64url; signed by the one before (succession.py). Says nothing else."""
+
+    kind: ClassVar[str] = "key"
+    next: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+
+
 class Status(Manifest):
     """A client's presence: retained, with an offline twin as the last will. A hint, never an input to correctness."""
 

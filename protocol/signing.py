@@ -156,18 +156,26 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     return key_file(path, Ed25519PrivateKey)  # type: ignore[type-abstract]
 
 
+def new_key(path: Path) -> Ed25519PrivateKey:
+    """Write a new private key that signs in the place of the one there may be; raises KeyFileError."""
+    return _write_key(path, Ed25519PrivateKey.generate())
+
+
+def _write_key(path: Path, made: PrivateKey) -> PrivateKey:
+    how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    try:
+        write_atomic(path, made.private_bytes(*how))  # mkstemp makes it 0600
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be written: {error}") from error
+    return made
+
+
 def key_file(path: Path, kind: type[PrivateKey]) -> PrivateKey:
     """Read a private key (PEM, PKCS 8), or make it, readable by its owner alone; raises KeyFileError."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except FileNotFoundError:
-        made = kind.generate()
-        how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        try:
-            write_atomic(path, made.private_bytes(*how))  # mkstemp makes it 0600
-        except OSError as error:
-            raise KeyFileError(f"{path} cannot be written: {error}") from error
-        return made
+        return _write_key(path, kind.generate())
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise KeyFileError(f"{path} cannot be read as a key: {error}. Restore it from a backup") from error
     if not isinstance(key, kind):

@@ -2,6 +2,7 @@
 
 clipcast/1/<federation>/classes                        retained  newest class bank
 clipcast/1/<federation>/round                          retained  newest round plan
+clipcast/1/<federation>/key                            retained  the coordinator's keys, each signed by the one before
 clipcast/1/<federation>/blob/<sha256>/<i>              chunk of a broadcast blob
 clipcast/1/<federation>/to/<id>/<kind>                 coordinator to one client
 clipcast/1/<federation>/from/<id>/<kind>               one client to the coordinator
@@ -89,7 +90,8 @@ class Topics:
 
     def client_filters(self, client: str) -> tuple[str, ...]:
         """Return what a client listens to besides the blobs it is fetching."""
-        return (self.to(client, "+"), self.broadcast("classes"), self.broadcast("round"))
+        # The keys first: what follows may be signed with the newest.
+        return (self.broadcast("key"), self.to(client, "+"), self.broadcast("classes"), self.broadcast("round"))
 
     def coordinator_filters(self) -> tuple[str, ...]:
         """Return what the coordinator listens to: all clients' manifests and chunks."""
@@ -113,7 +115,7 @@ def parse(topic: str) -> Address:
 
 def _parse_rest(federation: str, rest: list[str]) -> Address | None:
     match rest:
-        case [("classes" | "round" | "release") as kind]:
+        case [("classes" | "round" | "release" | "key") as kind]:
             return Address(federation, "all", kind)
         case ["blob", sha256, index] if _is_chunk(sha256, index):
             return Address(federation, "all", "blob", None, sha256, int(index))

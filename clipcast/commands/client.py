@@ -106,12 +106,20 @@ def take_part(config: ClientConfig, prepare: Callable[[Work | None], tuple[Train
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("client.toml")) -> None:
+def key(
+    path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("client.toml"),
+    *,
+    new: Annotated[bool, typer.Option("--new", help="Make another key in its place.")] = False,
+) -> None:
     """Print this device's public key, for `clipcast device add` on the coordinator. The first call makes it.
 
-    Example: `clipcast client key client.toml`
+    Example: `clipcast client key client.toml`, `clipcast client key --new`
     """
     from edge_client.config import load
-    from protocol.signing import Signer
+    from protocol.signing import Signer, new_key
 
-    typer.echo(Signer.open(load(path).state).public)
+    config = load(path)
+    if new:
+        new_key(config.state / "key.pem")
+        typer.echo(f"clipcast device add {config.id} KEY on the coordinator, then restart this client", err=True)
+    typer.echo(Signer.open(config.state).public)

@@ -91,15 +91,25 @@ def conduct(config: CoordinatorConfig) -> Iterator[RoundRecord]:
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("coordinator.toml")) -> None:
+def key(
+    path: Annotated[Path, typer.Argument(help="The settings file.")] = Path("coordinator.toml"),
+    *,
+    new: Annotated[bool, typer.Option("--new", help="Make another key; the old one signs it and is destroyed.")] = False,
+) -> None:
     """Print the coordinator's public key; clients pin it as `coordinator_key`. The first call makes it.
 
-    Example: `clipcast coordinator key coordinator.toml`
+    Example: `clipcast coordinator key coordinator.toml`, `clipcast coordinator key --new`
     """
     from coordinator.config import load
     from protocol.signing import Signer
+    from protocol.succession import rotate
 
-    typer.echo(Signer.open(load(path).state).public)
+    config = load(path)
+    if new:
+        typer.echo(rotate(config.state, config.federation))
+        typer.echo("restart the coordinator: clients follow by themselves, now or when they return", err=True)
+    else:
+        typer.echo(Signer.open(config.state).public)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from protocol.messages import (
     Recipe,
     RoundPlan,
     Status,
+    Successor,
 )
 
 SHA = "ab" * 32
@@ -57,6 +58,7 @@ plain = st.builds(
 )
 recipes = plain | st.builds(Recipe, features_per_class=st.just(0), privacy=privacies)
 MANIFESTS = {
+    "key": st.builds(Successor, next=st.from_regex(r"\A[A-Za-z0-9_-]{43}\Z")),
     "classes": st.builds(ClassBankManifest, version=counts, blob=refs),
     "round": st.builds(
         RoundPlan,

@@ -130,7 +130,7 @@ def test_a_restart_believes_nothing_older_than_what_it_had(tmp_path):
     for kind, token in old.items():
         assert verdict(again, topics[kind], token) == "replayed"
     again.open(parse(topics["classes"]), newest)  # retained: it is what a restart has to find
-    assert set(json.loads(marks.read_text())) == {"classes", "receipt"}
+    assert set(json.loads(marks.read_text())) == {"key", "classes", "receipt"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"classes": "x"}', b"\xff"])
@@ -139,7 +139,7 @@ def test_marks_that_cannot_be_read_are_told_and_begin_anew(tmp_path, caplog, dam
     gate = Gate("fed", FirstUse(), tmp_path / "marks.json")
     assert damage == b"[]" or "cannot be read" in caplog.text
     gate.open(parse(TOPICS.broadcast("classes")), Signer().seal("fed", COORDINATOR, BANK))
-    assert json.loads((tmp_path / "marks.json").read_text()) == {"classes": 1}
+    assert json.loads((tmp_path / "marks.json").read_text()).items() >= {"classes": 1}.items()
 
 
 def test_a_pinned_coordinator_stays_the_only_one_over_restarts(tmp_path):
