@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.messages import Recipe
@@ -11,6 +11,7 @@ from protocol.messages import Recipe
 ranks = st.integers(1, 256)
 
 
+@settings(deadline=None)
 @given(ranks, ranks, st.floats(1e-6, 1e6))
 def test_a_recipe_at_another_rank_keeps_alpha_over_rank_and_all_else(rank, other, alpha):
     recipe = Recipe(rank=rank, alpha=alpha, projections=("v_proj",), first_block=2, local_steps=3, mu=0.3)
@@ -21,6 +22,7 @@ def test_a_recipe_at_another_rank_keeps_alpha_over_rank_and_all_else(rank, other
     assert (recipe.rank, recipe.alpha) == (rank, alpha)
 
 
+@settings(deadline=None)
 @given(ranks, st.floats(1e-6, 1e6))
 def test_a_recipe_at_its_own_rank_is_itself_to_the_last_bit(rank, alpha):
     recipe = Recipe(rank=rank, alpha=alpha)
