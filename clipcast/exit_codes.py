@@ -32,6 +32,7 @@ CODES = {
     "edge_client.errors.ShutOutError": SHUT_OUT,
     "edge_client.errors.LedgerError": SETTINGS,
     "coordinator.errors.FederationError": FEDERATION,
+    "coordinator.errors.NotKeptError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,

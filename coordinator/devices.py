@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from coordinator.store import Store
+from coordinator.errors import NotKeptError
+from coordinator.store import Device, Store
 from protocol.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Devices:
         self._clock = clock
         self._known = store.devices()
         self._read = clock()
+        self._unkept: dict[str, Device] = {}
 
     def check(self, sender: str, key: str) -> None:
         """Raise Refused if the sender is unknown and may not register, is revoked, or is known by another key."""
@@ -52,10 +54,17 @@ class Devices:
             )
 
     def admit(self, sender: str, key: str) -> None:
-        """Register a new device."""
-        if sender not in self._known:
+        """Register a new device; while the journal cannot take it, in memory, and again when it next says something."""
+        if sender in self._known and sender not in self._unkept:
+            return
+        try:
             self._known[sender] = self._store.add_device(sender, key, replace=False)
-            log.info("new device %s with key %s", sender, key)
+        except NotKeptError as error:
+            log.error("device %s is not registered yet: %s", sender, error)  # noqa: TRY400 - no bug, no traceback
+            self._unkept[sender] = self._known[sender] = Device(key, revoked=False)
+            return
+        self._unkept.pop(sender, None)
+        log.info("new device %s with key %s", sender, key)
 
     def quarantine(self, client: str) -> None:
         """Shut a device out until it is added again."""
@@ -71,5 +80,5 @@ class Devices:
         """Read the table again if it is time; return the devices that were revoked or replaced meanwhile."""
         if self._clock() - self._read < REFRESH_S:
             return set()
-        before, self._known, self._read = self._known, self._store.devices(), self._clock()
+        before, self._known, self._read = self._known, self._unkept | self._store.devices(), self._clock()
         return {name for name, device in self._known.items() if name in before and before[name] != device}

@@ -27,9 +27,9 @@ from sqlalchemy import (
     inspect,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
 
-from coordinator.errors import FederationError
+from coordinator.errors import FederationError, NotKeptError
 from protocol.files import lock_folder, make_folder
 
 FILE = "journal.db"
@@ -152,11 +152,16 @@ class Journal:
                 raise FederationError(
                     f"another coordinator is at work in {self._folder}: stop it, or set `state` to a new folder"
                 ) from error
+            except OSError as error:
+                raise NotKeptError(f"{self._folder} cannot be written ({error}): make room there") from error
         self.make_tables()
 
     def make_tables(self) -> None:
         """Make the tables that are not there yet; also while a coordinator is at work. Raises FederationError."""
-        make_folder(self._folder)
+        try:
+            make_folder(self._folder)
+        except OSError as error:
+            raise NotKeptError(f"{self._folder} cannot be written ({error}): make room there") from error
         with self._told(), self._open().begin() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
@@ -183,6 +188,10 @@ class Journal:
         """Say what is wrong with the database in the operator's words."""
         try:
             yield
+        except (OperationalError, InterfaceError) as error:  # what the database says of its surroundings, not of its data
+            cause = str(error.orig).splitlines()[0]
+            cure = f"make room in {self._folder}; if the file is damaged, restore it" if self._file else "see its log"
+            raise NotKeptError(f"the journal {self} cannot be used ({cause}): {cure}") from error
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).splitlines()[0]
             cure = f"restore it, or move {self._folder} aside to start anew" if self._file else "see its log"

@@ -7,6 +7,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from clip_lora.lora import Shapes, adapter_shapes, initial_adapter
 from clip_lora.towers import load_config
@@ -15,7 +17,7 @@ from coordinator.checks import Expectation, Late, Start
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.devices import Devices
-from coordinator.errors import FederationError
+from coordinator.errors import FederationError, NotKeptError
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
 from coordinator.on_demand import OnDemand, each
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord, mean_told
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 MISSED_ROUNDS = 3
+AGAIN_S = 30.0
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class Federation:
         end: CoordinatorEnd,
         store: Store,
         devices: Devices | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._config = config
         self._bank = bank
         self._link = link
@@ -69,8 +75,8 @@ class Federation:
     def run(self) -> Iterator[RoundRecord]:
         """Yield a record after each round; raises FederationError when the federation cannot go on."""
         self._await_link()
-        self._run, self._start = self._store.begin(self._identity())
-        number, known = self._recall()
+        self._run, self._start = self._insist(lambda: self._store.begin(self._identity()))
+        number, known = self._insist(self._recall)
         missed = 0
         while number < self._last:
             number += 1
@@ -83,8 +89,8 @@ class Federation:
                     known, lesson = self._phase(number).learn(collection.contributions, known)
             else:
                 missed += 1
-            record = self._record(collection, lesson, known, time.monotonic() - started)
-            known = self._store.finish(record, known, lesson)
+            record = self._record(collection, lesson, known, self._clock() - started)
+            known = self._insist(partial(self._store.finish, record, known, lesson))
             yield record
             if missed >= MISSED_ROUNDS:
                 raise FederationError(
@@ -93,6 +99,23 @@ class Federation:
                 )
         self._publish(self._plan(number, known, {}))
         self._link.poll(0.0)
+
+    def _insist(self, keep: Callable[[], Kept]) -> Kept:
+        """Keep what the next step needs, again and again for at most a deadline's time while disk or database refuse it."""
+        deadline, pause = self._clock() + self._config.deadline_s, 1.0
+        while True:
+            try:
+                return keep()
+            except NotKeptError as error:
+                if self._clock() >= deadline:
+                    raise
+                log.error("%s. Trying again for %.0f s", error, deadline - self._clock())  # noqa: TRY400 - no bug
+            again = self._clock() + pause
+            while (left := again - self._clock()) > 0:
+                for event in self._poll(left, None):
+                    self._notice(event)
+                    self._settle(event, None)
+            pause = min(2 * pause, AGAIN_S)
 
     def _phase(self, number: int) -> Phase:
         """Return what a round is for: training, or after `rounds` of it the recipe's aligning and closing rounds."""
@@ -130,9 +153,9 @@ class Federation:
 
     def _await_link(self) -> None:
         """Let the end learn the broker's limits, by which it cuts blobs, before anything is published."""
-        deadline = time.monotonic() + self._config.deadline_s
+        deadline = self._clock() + self._config.deadline_s
         while not any(isinstance(event, BrokerLink) and event.up for event in self._link.poll(POLL_S)):
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 raise FederationError(f"the broker at {self._config.broker.url} did not come back: see its log")
 
     def _draw(self, number: int) -> tuple[str, ...]:
@@ -140,9 +163,9 @@ class Federation:
 
         After the deadline a quorum is enough: a device that is away for good must not stop the others.
         """
-        wanted, deadline = self._config.clients_per_round, time.monotonic() + self._config.deadline_s
+        wanted, deadline = self._config.clients_per_round, self._clock() + self._config.deadline_s
         while len(self._online) < wanted:
-            left = deadline - time.monotonic()
+            left = deadline - self._clock()
             if left <= 0 and len(self._online) >= self._config.quorum:
                 log.warning("round %d begins with %d of %d clients", number, len(self._online), wanted)
                 break
@@ -164,13 +187,14 @@ class Federation:
         """Publish a round's plan once it is in the journal; a round that a restart interrupted goes on with what it had."""
         opened = self._store.opened()
         ranks = opened.ranks if opened is not None else {client: self._rank(client) for client in self._draw(number)}
-        started = time.monotonic()
+        started = self._clock()
         expected = self._plan(number, known, ranks)
         if opened is not None and not self._same(opened.plan, expected.plan):
             log.warning("the settings have changed while round %d was open: it begins anew", number)
             opened = None
         if opened is None:
-            self._store.open(expected.plan, ranks, {client: start.base for client, start in expected.starts.items()})
+            bases = {client: start.base for client, start in expected.starts.items()}
+            self._insist(lambda: self._store.open(expected.plan, ranks, bases))
             opened = Opened(expected.plan, ranks, {}, ())
         elif opened.accepted:
             log.info("round %d goes on with the updates of %s", number, ", ".join(opened.accepted))
@@ -181,7 +205,7 @@ class Federation:
             for client, offer, update in opened.came_late
             if offer.round in late
         }
-        begun = time.monotonic()
+        begun = self._clock()
         return started, Collection(expected, self._config.quorum, begun, opened.accepted, opened.refused, late, came_late)
 
     def _late(self, number: int, expected: Expectation) -> dict[int, Late]:
@@ -257,7 +281,7 @@ class Federation:
     def _collect(self, collection: Collection) -> None:
         """Take updates until quorum or deadline."""
         log.info("round %d: %s", collection.plan.round, ", ".join(collection.plan.participants))
-        while (patience := collection.patience(time.monotonic())) > 0:
+        while (patience := collection.patience(self._clock())) > 0:
             for event in self._poll(patience, collection):
                 self._notice(event)
                 self._settle(event, collection)

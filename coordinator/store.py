@@ -11,6 +11,7 @@ names are on the disk before it is committed.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from clip_lora.errors import ModelError
 from clip_lora.lora import Shapes, check_shapes
 from coordinator.aggregate import Contribution
 from coordinator.collection import Answer
-from coordinator.errors import FederationError
+from coordinator.errors import FederationError, NotKeptError
 from coordinator.journal import DEVICES, KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
@@ -34,6 +35,8 @@ from protocol.blobs import BlobError, Blobs
 from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
 from protocol.errors import WireError
 from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Update, Verdict
+
+log = logging.getLogger(__name__)
 
 FIRST_BANK = 1
 ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
@@ -125,7 +128,11 @@ class Store:
                 connection.execute(insert(RUN).values(id=1, version=VERSION, about=run.model_dump_json()))
             else:
                 connection.execute(update(RUN).values(about=run.model_dump_json()))
-            self.blobs.sweep(self._named(connection))
+            named = self._named(connection)
+        try:
+            self.blobs.sweep(named)
+        except OSError as error:
+            log.warning("what is no longer wanted in %s cannot be removed: %s", self.blobs.folder, error)
         return run.name, run.starts
 
     def records(self) -> list[RoundRecord]:
@@ -417,9 +424,11 @@ class Store:
                 connection.execute(update(ROUNDS).where(ROUNDS.c.number == number).values(record=record.model_dump_json()))
             self._prune(connection, number)
             unnamed = before - self._named(connection)
-        with self._writable():
-            for digest in unnamed:
+        for digest in unnamed:
+            try:
                 self.blobs.remove(digest)
+            except OSError as error:  # the next start removes it
+                log.warning("a blob that is no longer wanted cannot be removed: %s", error)
         return replace(known, own=dict(sorted(own.items())))
 
     @contextmanager
@@ -427,7 +436,7 @@ class Store:
         try:
             yield
         except OSError as error:
-            raise FederationError(
+            raise NotKeptError(
                 f"{self.folder} cannot be written ({error}): make room there; nothing that was kept is lost, and the same "
                 f"command goes on from it"
             ) from error

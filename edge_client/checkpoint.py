@@ -74,5 +74,8 @@ class Checkpoint:
         return step, loss
 
     def clear(self) -> None:
-        """Forget it: the training is over."""
-        self._path.unlink(missing_ok=True)
+        """Forget it: the training is over. If it cannot be removed, it is of no other training."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the checkpoint cannot be removed: %s", error)

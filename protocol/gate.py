@@ -75,6 +75,7 @@ class Pinned:
         self._followed = path.with_suffix(".followed")
         self._given = key
         self._first = key or self._read()
+        self._kept = self._first is not None
         self._key = self._first and self._led_to(self._first)
 
     def check(self, sender: str, key: str) -> None:
@@ -88,17 +89,20 @@ class Pinned:
             )
 
     def admit(self, sender: str, key: str) -> None:
-        """Pin the first coordinator seen; raises KeyFileError if that cannot be kept."""
-        if sender == COORDINATOR and self._key is None:
-            try:
-                write_atomic(self._path, key.encode())
-            except OSError as error:
-                raise KeyFileError(f"{self._path} cannot be written: {error}") from error
-            self._first = self._key = key
-            log.info("from now on the coordinator's key is %s", key)
+        """Pin the first coordinator seen; in memory if the disk does not take it, and again when it next says something."""
+        if sender != COORDINATOR or self._kept:
+            return
+        self._first = self._key = key
+        try:
+            write_atomic(self._path, key.encode())
+        except OSError as error:
+            log.warning("%s cannot be written, a restart would believe another coordinator: %s", self._path, error)
+            return
+        self._kept = True
+        log.info("from now on the coordinator's key is %s", key)
 
     def follow(self, chain: bytes, federation: str) -> bool:
-        """Follow the coordinator to its newest key; raises KeyFileError if that cannot be kept."""
+        """Follow the coordinator to its newest key; return whether there is one."""
         if self._first is None or self._key is None:
             return False
         key = newest(chain, federation, self._key)
@@ -108,8 +112,8 @@ class Pinned:
             return False
         try:
             write_atomic(self._followed, f"{self._first}\n{key}".encode())
-        except OSError as error:
-            raise KeyFileError(f"{self._followed} cannot be written: {error}") from error
+        except OSError as error:  # a restart is led there again
+            log.warning("%s cannot be written: %s", self._followed, error)
         self._key = key
         log.info("the coordinator has a new key, by a statement of its old one: %s", key)
         return True

@@ -134,8 +134,7 @@ class FilePartial:
 
     def clear(self) -> None:
         """Forget everything, on the disk too."""
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        _remove(self._path)
         self._ranges, self._end, self._unsynced = Ranges(), 0, 0
 
     def _scan(self) -> int:
@@ -180,17 +179,22 @@ class FilePartials:
         """Return what is here of the blob, for this owner; another blob of the same owner's is forgotten."""
         for other in self._folder.glob(f"{owner}@*{SUFFIX}"):
             if other.name != f"{owner}@{ref.sha256}{SUFFIX}":
-                other.unlink(missing_ok=True)
+                _remove(other)
         return FilePartial(self._folder / f"{owner}@{ref.sha256}{SUFFIX}", ref.size)
 
     def retain(self, owners: set[str]) -> None:
         """Forget the parts of all other owners."""
         for path in self._folder.glob(f"*@*{SUFFIX}"):
             if path.name.split("@")[0] not in owners:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
 
 Partials = MemoryPartials | FilePartials
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it costs room, and the next one of this owner's is another file
+        path.unlink(missing_ok=True)
 
 
 def _crc(offset: int, data: bytes) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import logging
 import secrets
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,6 +25,8 @@ from protocol.envelope import MAX_MANIFEST, Envelope, encode
 from protocol.errors import KeyFileError, Refused
 from protocol.files import write_atomic
 from protocol.messages import Manifest
+
+log = logging.getLogger(__name__)
 
 ALGORITHM = "EdDSA"
 MAX_TOKEN = (MAX_MANIFEST + 2) // 3 * 4 + 512
@@ -55,7 +58,10 @@ class MemorySequence:
 
 
 class FileSequence:
-    """A sequence in a file. It holds how far numbers are reserved, so that a thousand cost one write."""
+    """A sequence in a file. It holds how far numbers are reserved, so that a thousand cost one write.
+
+    They are reserved ahead: a disk that takes nothing for a while silences nobody.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,14 +69,23 @@ class FileSequence:
 
     def next(self) -> int:
         """Return the next number; raises KeyFileError if it cannot be kept: a number must never be used twice."""
-        if self._last >= self._reserved:
+        if self._last + RESERVED // 2 >= self._reserved:
             try:
-                write_atomic(self._path, str(self._last + RESERVED).encode())
-            except OSError as error:
-                raise KeyFileError(f"{self._path} cannot be written: {error}. Make room there") from error
-            self._reserved = self._last + RESERVED
+                self.reserve()
+            except KeyFileError as error:
+                if self._last >= self._reserved:
+                    raise
+                log.warning("%s; %d more numbers are in hand", error, self._reserved - self._last)
         self._last += 1
         return self._last
+
+    def reserve(self) -> None:
+        """Reserve a thousand numbers; raises KeyFileError."""
+        try:
+            write_atomic(self._path, str(self._reserved + RESERVED).encode())
+        except OSError as error:
+            raise KeyFileError(f"{self._path} cannot be written: {error}. Make room there") from error
+        self._reserved += RESERVED
 
     def _read(self) -> int:
         try:
@@ -96,7 +111,9 @@ class Signer:
     @classmethod
     def open(cls, folder: Path) -> Signer:
         """Read key and sequence from a folder; the key is made if there is none. Raises KeyFileError."""
-        return cls(private_key(folder / "key.pem"), FileSequence(folder / "sequence"))
+        sequence = FileSequence(folder / "sequence")
+        sequence.reserve()  # now, when somebody is told if it cannot be
+        return cls(private_key(folder / "key.pem"), sequence)
 
     def seal(self, federation: str, sender: str, manifest: Manifest) -> bytes:
         """Return a manifest as the signed bytes that travel; raises WireError if it is too long."""
