@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.disk import Disks, watched
 from tests.faults.processes import Zygote
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "faults" / "results.json"
@@ -67,3 +69,23 @@ def score(pytestconfig: pytest.Config, full: bool) -> Iterator[Callable[..., Non
 def _where() -> dict[str, str]:
     today = dt.datetime.now(dt.timezone.utc).date().isoformat()
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": today}
+
+
+@pytest.fixture
+def fast_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: what a sync means there is up to the test's own disk (disk.py)."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="clipcast-faults-", dir=memory) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def disks() -> Iterator[Disks]:
+    """Disks whose every operation can be the last one, or fail."""
+    logging.disable(logging.ERROR)  # what goes wrong there is what is wanted, many thousand times
+    with pytest.MonkeyPatch.context() as patch, watched(patch) as found:
+        yield found
+    logging.disable(logging.NOTSET)

@@ -1,0 +1,211 @@
+"""A federation in virtual time whose machines lose power, links and room on their disks, and who saw what."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.errors import FederationError
+from coordinator.records import RoundRecord
+from coordinator.store import Store
+from edge_client.errors import StateError
+from protocol.bus import Publish
+from protocol.codec import encode_adapter, encode_bank, sha256
+from protocol.envelope import decode
+from protocol.errors import KeyFileError, WireError
+from protocol.messages import Manifest, Offer, Receipt
+from protocol.signing import opened, signer_of
+from protocol.topics import parse
+from tests.faults.disk import Calm, Disk, Disks, PowerCut
+from tests.faults.machines import COORDINATOR, MODEL, ClientProcess, CoordinatorProcess, Scenario
+from tests.network import STEP_S, Network
+
+NAMED = (FederationError, StateError, KeyFileError)  # errors that say what to do; a service manager starts the process again
+IDLE_S = 1.0
+AGAIN_S = 5.0
+
+
+def manifest_in(message: Publish) -> Manifest | None:
+    """Return the manifest of a message, None if it holds none."""
+    try:
+        return decode(opened(message.payload, signer_of(message.payload))).manifest
+    except WireError:
+        return None
+
+
+@dataclass
+class Witness:
+    """Reads along: every receipt that was given, every offer."""
+
+    offers: dict[tuple[str, int, str], Offer] = field(default_factory=dict)
+    receipts: dict[tuple[str, int, str], Receipt] = field(default_factory=dict)
+    changed: list[tuple[Receipt, Receipt]] = field(default_factory=list)
+    _read: int = 0
+
+    def read(self, published: list[Publish]) -> None:
+        """Take in what was said since."""
+        for message in published[self._read :]:
+            address = parse(message.topic)
+            if address.kind == "offer" and isinstance(offer := manifest_in(message), Offer):
+                self.offers[str(address.client), offer.round, offer.blob.sha256] = offer
+            elif address.kind == "receipt" and isinstance(receipt := manifest_in(message), Receipt):
+                key = (str(address.client), receipt.round, receipt.sha256)
+                earlier = self.receipts.setdefault(key, receipt)
+                if earlier.accepted and not receipt.accepted:
+                    self.changed.append((earlier, receipt))
+        self._read = len(published)
+
+    @property
+    def accepted(self) -> set[tuple[str, int, str]]:
+        """What was said to be accepted: (client, round, hash)."""
+        return {key for key, receipt in self.receipts.items() if receipt.accepted}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a federation came to: its rounds without what clocks and counters say, and the hashes of what it knows."""
+
+    rounds: tuple[tuple[Any, ...], ...]
+    known: tuple[str, ...]
+
+
+def outcome(state: Path) -> Outcome:
+    """Read what a federation has come to."""
+    store = Store(state)
+    try:
+        rounds = tuple(_essence(record) for record in store.records())
+        known = store.knowledge()
+    finally:
+        store.close()
+    if known is None:
+        return Outcome(rounds, ())
+    own = [f"{client}={sha256(encode_adapter(adapter))}" for client, adapter in sorted(known.own.items())]
+    return Outcome(rounds, (sha256(encode_bank(known.bank)), sha256(encode_adapter(known.adapter)), *own))
+
+
+def _essence(record: RoundRecord) -> tuple[Any, ...]:
+    return (record.round, record.outcome, *record.accepted, record.samples, record.loss, record.adapter_sha256, *record.own)
+
+
+class World:
+    """The machines of a federation, each with a disk. `step` lets a little time pass."""
+
+    def __init__(self, folder: Path, disks: Disks, scenario: Scenario) -> None:
+        self.network = Network({})
+        self._folder, self._disks = folder, disks
+        self.scenario = scenario
+        self.witness = Witness()
+        self.disks: dict[str, Disk] = {name: disks.add(folder / name) for name in (COORDINATOR, *scenario.clients)}
+        self.running: dict[str, ClientProcess | CoordinatorProcess] = {}
+        self.ended: list[tuple[str, BaseException]] = []  # processes that gave up, with what they said
+        self.not_started: list[tuple[str, BaseException]] = []  # those that did so before they were at work
+        self.cut: list[str] = []  # machines without power
+        self.finished = False
+        self._model = folder / "model"
+        self._model.mkdir(exist_ok=True)
+        (self._model / "config.json").write_text(MODEL)
+        self._again: dict[str, float] = {}
+        self._pace = STEP_S
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """The records of the rounds that the coordinator has finished since its start."""
+        process = self.running.get(COORDINATOR)
+        return process.records if isinstance(process, CoordinatorProcess) else []
+
+    @property
+    def state(self) -> Path:
+        """The coordinator's folder."""
+        return self.disks[COORDINATOR].root
+
+    def start(self, *names: str) -> None:
+        """Start processes, all by default; one that cannot start is started again later."""
+        for name in names or tuple(self.disks):
+            self._guarded(name, lambda name=name: self._start(name))  # type: ignore[misc]
+
+    def _start(self, name: str) -> None:
+        root = self.disks[name].root
+        if name == COORDINATOR:
+            process: Any = CoordinatorProcess(self.network, self.scenario, root, self._model)
+        else:
+            process = ClientProcess(self.network, name, root, self.scenario.step_s)
+        self.running[name] = process
+        self.network.ends[name] = process.socket
+        self.network.connect(name)
+
+    def kill(self, name: str) -> None:
+        """End a process as `kill -9` does; what it had asked of its disk happens."""
+        process = self.running.pop(name, None)
+        if process is not None:
+            self.network.cut(name, process.will)
+            process.gone()
+
+    def connect(self, name: str) -> None:
+        """The link of a process comes back."""
+        if name in self.running:
+            self.network.connect(name)
+
+    def disconnect(self, name: str) -> None:
+        """The link of a process goes down; the broker says its will."""
+        if name in self.running and self.network.is_up(name):
+            self.network.cut(name, self.running[name].will)
+            self.running[name].socket.lost()
+
+    def step(self) -> None:
+        """Let time pass: little while something is under way, more while all wait."""
+        self.network.step(self._pace)
+        for name, when in list(self._again.items()):
+            if self.network.now >= when and name not in self.running:
+                del self._again[name]
+                self.start(name)
+        said = len(self.network.published)
+        for name in list(self.running):
+            self._guarded(name, self.running[name].turn)
+        self.witness.read(self.network.published)
+        busy = len(self.network.published) > said or any(
+            isinstance(process, ClientProcess) and process.is_training for process in self.running.values()
+        )
+        self._pace = STEP_S if busy else min(IDLE_S, 1.5 * self._pace)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let so much time pass."""
+        end = self.network.now + seconds
+        while self.network.now < end:
+            self.step()
+
+    def run(self, until: Callable[[], bool], limit_s: float = 7200.0) -> None:
+        """Let time pass until something is so."""
+        end = self.network.now + limit_s
+        while not until():
+            assert self.network.now < end, f"nothing came of it in {limit_s} virtual seconds; ended: {self.ended}"
+            self.step()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disks.fault = Calm()
+        for name in list(self.running):
+            self.kill(name)
+        for disk in self.disks.values():
+            self._disks.forget(disk.root)
+        shutil.rmtree(self._folder)
+
+    def _guarded(self, name: str, do: Callable[[], None]) -> None:
+        """Do something in a process, and see how it ends."""
+        try:
+            do()
+        except PowerCut:
+            self.cut.append(name)
+            self.kill(name)
+        except NAMED as error:
+            at_work = name in self.running and self.running[name].started
+            (self.ended if at_work else self.not_started).append((name, error))
+            self.kill(name)
+            self._again[name] = self.network.now + AGAIN_S
+        process = self.running.get(name)
+        if isinstance(process, CoordinatorProcess):
+            self.finished |= process.finished
