@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from coordinator.errors import NotKeptError
@@ -54,22 +55,28 @@ class Devices:
             )
 
     def admit(self, sender: str, key: str) -> None:
-        """Register a new device; while the journal cannot take it, in memory, and again when it next says something."""
-        if sender in self._known and sender not in self._unkept:
-            return
-        try:
-            self._known[sender] = self._store.add_device(sender, key, replace=False)
-        except NotKeptError as error:
-            log.error("device %s is not registered yet: %s", sender, error)  # noqa: TRY400 - no bug, no traceback
-            self._unkept[sender] = self._known[sender] = Device(key, revoked=False)
-            return
-        self._unkept.pop(sender, None)
-        log.info("new device %s with key %s", sender, key)
+        """Register a new device."""
+        if sender not in self._known:
+            log.info("new device %s with key %s", sender, key)
+            self._keep(sender, Device(key, revoked=False))
 
     def quarantine(self, client: str) -> None:
         """Shut a device out until it is added again."""
-        self._store.quarantine_device(client)
-        self._known = self._store.devices()
+        if client in self._known:
+            self._keep(client, replace(self._known[client], quarantined=True))
+
+    def _keep(self, client: str, device: Device) -> None:
+        """Note a change, in memory while the journal does not take it."""
+        try:
+            known = self._store.add_device(client, device.key, replace=False)
+            if device.quarantined:
+                self._store.quarantine_device(client)
+        except NotKeptError as error:
+            log.error("device %s is in memory only: %s", client, error)  # noqa: TRY400 - no bug, no traceback
+            self._unkept[client] = self._known[client] = device
+            return
+        self._unkept.pop(client, None)
+        self._known[client] = replace(known, quarantined=known.quarantined or device.quarantined)
 
     def is_revoked(self, client: str) -> bool:
         """Whether a device was cut off for good, and not only given another key."""
@@ -80,5 +87,7 @@ class Devices:
         """Read the table again if it is time; return the devices that were revoked or replaced meanwhile."""
         if self._clock() - self._read < REFRESH_S:
             return set()
-        before, self._known, self._read = self._known, self._unkept | self._store.devices(), self._clock()
+        for client, device in list(self._unkept.items()):
+            self._keep(client, device)
+        before, self._known, self._read = self._known, self._store.devices() | self._unkept, self._clock()
         return {name for name, device in self._known.items() if name in before and before[name] != device}
