@@ -17,7 +17,7 @@ from protocol.download import Download, Shelf
 from protocol.envelope import expect
 from protocol.errors import BusError, Refused, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
-from protocol.gate import Anchor, FirstUse, Gate, note
+from protocol.gate import Anchor, FirstUse, Gate
 from protocol.messages import (
     CHUNK_SIZE,
     Adapter,
@@ -141,11 +141,8 @@ class ClientEnd:
                 self.bytes_received += len(payload)
                 try:
                     return self._delivered(parse(topic), payload, now)
-                except Refused as error:
-                    note(self.gate.counts, topic, error)
-                    return [], []
                 except WireError as error:
-                    log.warning("ignored a message on %s: %s", topic, error)
+                    self.gate.refuse(topic, error)
                     return [], []
 
     def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
@@ -202,10 +199,9 @@ class ClientEnd:
             self._upload.serve = Serve(self._upload.parcel.blob, self._upload.offer.blob)
 
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
-        if address.federation != self.topics.federation or address.direction == "from":
-            return [], []
-        if address.client not in (None, self._id):
-            return [], []
+        ours = address.federation == self.topics.federation and address.direction != "from"
+        if not ours or address.client not in (None, self._id):
+            raise Refused("wrong-topic", "this is not said to this client")
         if address.kind == "blob":
             assert address.sha256 is not None
             assert address.index is not None
@@ -237,7 +233,7 @@ class ClientEnd:
             case "notice":
                 return [], [Noticed(expect(envelope, Notice))]
             case _:
-                return [], []
+                raise Refused("wrong-topic", f"the coordinator has no business with {address.kind!r}")
 
     def _classes(self, manifest: ClassBankManifest) -> tuple[list[Action], list[ClientEvent]]:
         if self._bank is not None and self._bank.is_for(manifest.blob):
@@ -320,6 +316,7 @@ class ClientEnd:
                 self._shelf.keep(blob, {other.ref.sha256 for other in self._downloads()})
                 wanted.fetch.partial.clear()
                 return [Unsubscribe(self.topics.blob_filter(digest))], self._arrived(wanted, blob)
+        self.gate.unwanted()
         return [], []
 
     def _arrived(self, wanted: AnyDownload, blob: bytes) -> list[ClientEvent]:

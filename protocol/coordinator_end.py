@@ -29,7 +29,7 @@ from protocol.events import (
     UpdateArrived,
     UpdateUnreadable,
 )
-from protocol.gate import FirstUse, Gate, Trust, note
+from protocol.gate import FirstUse, Gate, Trust
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -198,14 +198,13 @@ class CoordinatorEnd:
             case Disconnected(reason=reason):
                 return [], [BrokerLink(up=False, reason=reason)]
             case Delivery(topic=topic, payload=payload):
+                client = None
                 try:
-                    return self._delivered(parse(topic), payload, now)
-                except Refused as error:
-                    note(self.gate.counts, topic, error)
-                    return [], self._turned_away(parse(topic), error)
+                    address = parse(topic)
+                    client = address.client
+                    return self._delivered(address, payload, now)
                 except WireError as error:
-                    log.warning("ignored a message on %s: %s", topic, error)
-                    return [], []
+                    return [], self._turned_away(client, self.gate.refuse(topic, error))
 
     def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
         """Say what is due: needs of uploads, and at most `room` chunks of broadcasts; `drained`: all before have landed."""
@@ -278,7 +277,7 @@ class CoordinatorEnd:
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[CoordinatorEvent]]:
         client = address.client
         if address.federation != self.topics.federation or address.direction != "from" or client is None:
-            return [], []
+            raise Refused("wrong-topic", "this is not said to the coordinator")
         self.bytes_up[client] += len(payload)
         if address.kind == "blob":
             assert address.sha256 is not None
@@ -294,13 +293,14 @@ class CoordinatorEnd:
             case "offer":
                 return self._offered(client, expect(envelope, Offer), now)
             case _:
-                raise WireError(f"clients have no business with {address.kind!r}")
+                raise Refused("wrong-topic", f"clients have no business with {address.kind!r}")
 
-    def _turned_away(self, address: Address, error: Refused) -> list[CoordinatorEvent]:
+    def _turned_away(self, client: str | None, refused: Refused) -> list[CoordinatorEvent]:
         """See to it that a client hears why it is not heard."""
-        assert address.client is not None
-        self._notices.note(address.client, error)
-        return [Cloned(address.client)] if error.verdict == CLONED else []
+        if client is None:
+            return []
+        self._notices.note(client, refused)
+        return [Cloned(client)] if refused.verdict == CLONED else []
 
     def notify(self, client: str, reason: str, detail: str) -> list[Action]:
         """Tell a client something."""
@@ -330,6 +330,7 @@ class CoordinatorEnd:
     def _chunk(self, client: str, digest: str, index: int, data: bytes, now: float) -> list[CoordinatorEvent]:
         state = self._clients.get(client)
         if state is None or state.fetch is None or state.offer is None or state.fetch.ref.sha256 != digest:
+            self.gate.unwanted()
             return []
         state.fetch.chunk(index, data, now)
         self._turns.progress(client, now)

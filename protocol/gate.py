@@ -156,19 +156,23 @@ class Gate:
             key, numbers = _read_marks(marks)
             self._seen = {(COORDINATOR, key, kind): number for kind, number in numbers.items()}
 
-    def open(self, address: Address, payload: bytes) -> Envelope:
-        """Return the manifest inside; raises Refused, which names the verdict."""
-        try:
-            return self._open(address, payload)
-        except Refused as error:
-            self.counts[error.verdict] += 1
-            raise
+    def refuse(self, topic: str, error: WireError) -> Refused:
+        """Count and log what was not let in, and return it with its verdict: "malformed" if it has no other."""
+        refused = error if isinstance(error, Refused) else Refused("malformed", str(error))
+        self.counts[refused.verdict] += 1
+        note(self.counts, topic, refused)
+        return refused
+
+    def unwanted(self) -> None:
+        """Count a chunk that nobody waits for: late, said twice, or made up."""
+        self.counts["unwanted"] += 1
 
     def forget(self, sender: str) -> None:
         """Judge anew which processes speak under a name: it has another key, or another device was switched off."""
         self._instances.pop(sender, None)
 
-    def _open(self, address: Address, payload: bytes) -> Envelope:
+    def open(self, address: Address, payload: bytes) -> Envelope:
+        """Return the manifest inside; raises Refused, which names the verdict."""
         if len(payload) > MAX_TOKEN:
             raise Refused("too-long", f"{len(payload)} bytes, a manifest has at most {MAX_TOKEN}")
         sender = COORDINATOR if address.direction != "from" else address.client

@@ -33,7 +33,7 @@ class Observer:
                     status = expect(self._gate.open(address, event.payload), Status)
                     return [], [ClientSeen(address.client, status)]
             except WireError as error:
-                log.warning("ignored a message on %s: %s", event.topic, error)
+                self._gate.refuse(event.topic, error)
         return [], []
 
     def tick(self, _now: float, _room: int, _drained: bool = True) -> list[Action]:

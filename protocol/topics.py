@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.errors import WireError
+from protocol.errors import Refused, WireError
 
 ROOT = "clipcast"
 VERSION = "1"
@@ -106,10 +106,10 @@ def parse(topic: str) -> Address:
     """Read a topic back into its parts, or raise WireError."""
     parts = topic.split("/")
     if len(parts) < 4 or parts[0] != ROOT or parts[1] != VERSION or not NAME.match(parts[2]):
-        raise WireError(f"not a clipcast/{VERSION} topic: {topic[:120]!r}")
+        raise Refused("wrong-topic", f"not a clipcast/{VERSION} topic: {topic[:120]!r}")
     address = _parse_rest(parts[2], parts[3:])
     if address is None:
-        raise WireError(f"no such topic: {topic[:120]!r}")
+        raise Refused("wrong-topic", f"no such topic: {topic[:120]!r}")
     return address
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from protocol.at_rest import KeptBlob
 from protocol.codec import sha256
-from protocol.errors import WireError
+from protocol.errors import Refused, WireError
 from protocol.messages import CHUNK_SIZE, MIN_CHUNK_SIZE, BlobRef
 from protocol.partial import MemoryPartial, Partial
 
@@ -147,9 +147,10 @@ class Fetch:
     def chunk(self, index: int, data: bytes, now: float) -> None:
         """Take in one chunk; raises WireError if it cannot belong to this blob. A duplicate changes nothing."""
         if index >= self.ref.chunks or len(data) != self.ref.length(index):
-            raise WireError(
+            raise Refused(
+                "wrong-chunk",
                 f"chunk {index} of {len(data)} bytes does not belong to a blob of "
-                f"{self.ref.chunks} chunks of {self.ref.chunk_size} bytes, {self.ref.size} in all"
+                f"{self.ref.chunks} chunks of {self.ref.chunk_size} bytes, {self.ref.size} in all",
             )
         if self._has(index):
             return
@@ -198,7 +199,7 @@ class Fetch:
         if sha256(whole) != self.ref.sha256:
             self.partial.clear()
             self.repeat.again()
-            raise WireError(f"blob {self.ref.sha256[:12]} arrived damaged: wrong hash, asking for it again")
+            raise Refused("damaged", f"blob {self.ref.sha256[:12]} arrived damaged: wrong hash, asking for it again")
         return whole
 
     def _has(self, index: int) -> bool:

@@ -31,6 +31,7 @@ def verdict(gate, topic, payload):
     before = Counter(gate.counts)
     with pytest.raises(Refused) as caught:
         gate.open(parse(topic), payload)
+    assert gate.refuse(topic, caught.value) is caught.value
     assert gate.counts - before == {caught.value.verdict: 1}
     return caught.value.verdict
 
