@@ -123,6 +123,8 @@ class Signer:
 
 def signer_of(token: bytes) -> str:
     """Return the key that a token says it is signed with; raises Refused. Nothing is proven yet."""
+    if not all(_is_canonical(part) for part in token.split(b".")):
+        raise Refused("not-signed", "not a signed manifest: base64url has one spelling for its bytes, and this is another")
     try:
         header = _jws.get_unverified_header(token)
     except (PyJWTError, ValueError, RecursionError) as error:
@@ -130,6 +132,10 @@ def signer_of(token: bytes) -> str:
     key = header.get("kid")
     if header.get("alg") != ALGORITHM or not isinstance(key, str) or header.keys() != {"alg", "kid"}:
         raise Refused("not-signed", f"a manifest that is not signed with {ALGORITHM} and a key")
+    try:
+        key_bytes(key)  # it goes into logs and notices, and into commands that they propose
+    except ValueError as error:
+        raise Refused("not-signed", f"a manifest that names no key: {error}") from error
     return key
 
 
@@ -140,6 +146,15 @@ def opened(token: bytes, key: str) -> bytes:
     except (PyJWTError, ValueError) as error:
         raise Refused("bad-signature", f"the signature is not by {key[:12]}: {error}") from error
     return bytes(payload)
+
+
+def _is_canonical(part: bytes) -> bool:
+    """Whether these are the very characters that encode some bytes: a token has one form, and no bit to spare."""
+    try:
+        data = base64.b64decode(part + b"=" * (-len(part) % 4), b"-_", validate=True)
+    except ValueError:
+        return False
+    return base64.urlsafe_b64encode(data).rstrip(b"=") == part
 
 
 def public_key(text: str) -> Ed25519PublicKey:

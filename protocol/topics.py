@@ -19,6 +19,7 @@ from protocol.errors import Refused, WireError
 
 ROOT = "clipcast"
 VERSION = "1"
+BROADCASTS = ("classes", "round", "release")
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}\Z")
 SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
 
@@ -115,16 +116,21 @@ def parse(topic: str) -> Address:
 
 def _parse_rest(federation: str, rest: list[str]) -> Address | None:
     match rest:
-        case [("classes" | "round" | "release" | "key") as kind]:
+        case [kind] if kind in BROADCASTS:
             return Address(federation, "all", kind)
         case ["blob", sha256, index] if _is_chunk(sha256, index):
             return Address(federation, "all", "blob", None, sha256, int(index))
-        case [("to" | "from") as direction, client, kind] if NAME.match(client) and NAME.match(kind) and kind != "blob":
+        case [("to" | "from") as direction, client, kind] if NAME.match(client) and _is_personal(kind):
             return Address(federation, "to" if direction == "to" else "from", kind, client)
         case ["from", client, "blob", sha256, index] if NAME.match(client) and _is_chunk(sha256, index):
             return Address(federation, "from", "blob", client, sha256, int(index))
         case _:
             return None
+
+
+def _is_personal(kind: str) -> bool:
+    """Whether this is said to or by one client: nothing that is said to all, nor a blob."""
+    return bool(NAME.match(kind)) and kind not in (*BROADCASTS, "blob")
 
 
 def _is_chunk(sha256: str, index: str) -> bool:

@@ -54,11 +54,21 @@ def test_no_other_bytes_are_let_through(data):
     token = Signer(rfc_key()).seal("fed", "a", STATUS)
     place = data.draw(st.integers(0, len(token) - 1))
     changed = token[:place] + data.draw(st.binary(max_size=2)) + token[place + data.draw(st.integers(0, 2)) :]
-    try:
-        same = opened(changed, signer_of(changed)) == opened(token, PUBLIC) and signer_of(changed) == PUBLIC
-    except Refused:
-        return
-    assert same  # base64url has idle bits at its end: another spelling of the same signature
+    if changed != token:
+        with pytest.raises(Refused):
+            opened(changed, signer_of(changed))
+
+
+def test_a_token_has_one_spelling():
+    """The last letter of a signature has four bits that mean nothing; some readers take padding, or forget foreign letters."""
+    token = Signer(rfc_key()).seal("fed", "a", STATUS)
+    assert opened(token, signer_of(token))
+    letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    idle = token[:-1] + letters[(place := letters.index(token[-1:]) ^ 1) : place + 1]
+    for other in (idle, token + b"=", token + b"==", token + b"\n", token[:-4] + b"*" + token[-4:]):
+        with pytest.raises(Refused) as caught:
+            opened(other, signer_of(other))
+        assert caught.value.verdict == "not-signed"
 
 
 @given(st.binary(max_size=400))
@@ -82,6 +92,8 @@ def test_another_key_in_the_header_does_not_open_it():
         {"alg": "HS256", "kid": PUBLIC},
         {"alg": "EdDSA"},
         {"alg": "EdDSA", "kid": 5},
+        {"alg": "EdDSA", "kid": "x; rm -rf ~"},
+        {"alg": "EdDSA", "kid": PUBLIC + "="},
         {"alg": "EdDSA", "kid": PUBLIC, "jku": "http://x"},
         {"alg": "EdDSA", "kid": PUBLIC, "crit": ["b64"], "b64": False},
         ["EdDSA"],

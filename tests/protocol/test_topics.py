@@ -28,6 +28,13 @@ def test_every_constructor_parses_back(federation, client, kind, sha256, index):
     assert parse(topics.upload(client, sha256, index)) == Address(federation, "from", "blob", client, sha256, index)
 
 
+@pytest.mark.parametrize("kind", ["classes", "round", "release", "blob"])
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_what_is_said_to_all_is_not_said_to_one(kind, direction):
+    with pytest.raises(WireError):
+        parse(f"clipcast/1/fed/{direction}/a/{kind}")
+
+
 @pytest.mark.parametrize("kind", ["classes", "round", "release"])
 def test_a_broadcast_topic_parses_back(kind):
     assert parse(Topics("fed").broadcast(kind)) == Address("fed", "all", kind)
