@@ -55,6 +55,7 @@ class Scenario:
     recipe: str = "fedlora+rank=2+projections=q_proj/v_proj+features_per_class=1+personal.query=R1+personal.start=own"
     step_s: float = 0.5
     uploads_at_once: int = 2
+    enrolled: bool = False  # devices are registered and the coordinator's key is pinned before anything is said
 
     def config(self, state: Path, model: Path) -> CoordinatorConfig:
         """Return the coordinator's settings."""
@@ -68,6 +69,7 @@ class Scenario:
             deadline_s=self.deadline_s,
             state=state,
             uploads_at_once=self.uploads_at_once,
+            admission="registered" if self.enrolled else "open",
             recipe=parse_recipe(self.recipe),
         )
 
@@ -137,7 +139,7 @@ class ClientProcess:
 
     started = True
 
-    def __init__(self, network: Network, name: str, state: Path, step_s: float) -> None:
+    def __init__(self, network: Network, name: str, state: Path, step_s: float, pinned: str | None = None) -> None:
         self._network, self._name, self._step_s = network, name, step_s
         self._checkpoint = Checkpoint(state / "checkpoint.safetensors", every_s=0.0)
         self._training: Generator[None, None, TrainingResult] | None = None
@@ -145,7 +147,7 @@ class ClientProcess:
         self.will: Publish | None = None
         self._outbox = Outbox(state)
         try:
-            self.end = ClientEnd(FEDERATION, name, random.Random(name), state, Pinned(state / "coordinator.key"))
+            self.end = ClientEnd(FEDERATION, name, random.Random(name), state, Pinned(state / "coordinator.key", pinned))
             self.will = self.end.will()
             self._part = Participation(Status(state="online"), self._outbox.load())
             self.end.announce(Status(state="online"))

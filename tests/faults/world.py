@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from coordinator.errors import FederationError
 from coordinator.records import RoundRecord
 from coordinator.store import Store
@@ -17,7 +19,7 @@ from protocol.codec import encode_adapter, encode_bank, sha256
 from protocol.envelope import decode
 from protocol.errors import KeyFileError, WireError
 from protocol.messages import Manifest, Offer, Receipt
-from protocol.signing import opened, signer_of
+from protocol.signing import key_text, opened, private_key, signer_of
 from protocol.topics import parse
 from tests.faults.disk import Calm, Disk, Disks, PowerCut
 from tests.faults.machines import COORDINATOR, MODEL, ClientProcess, CoordinatorProcess, Scenario
@@ -108,6 +110,10 @@ class World:
         self._model.mkdir(exist_ok=True)
         (self._model / "config.json").write_text(MODEL)
         self._again: dict[str, float] = {}
+        self.keys: dict[str, Ed25519PrivateKey] = {}
+        self._pinned: str | None = None
+        if scenario.enrolled:
+            self.enrol()
         self._pace = STEP_S
 
     @property
@@ -121,6 +127,15 @@ class World:
         """The coordinator's folder."""
         return self.disks[COORDINATOR].root
 
+    def enrol(self) -> None:
+        """Make all keys, register the devices and pin the coordinator's."""
+        self.keys = {name: private_key(disk.root / "key.pem") for name, disk in self.disks.items()}
+        self._pinned = key_text(self.keys[COORDINATOR].public_key())
+        store = Store(self.state)
+        for client in self.scenario.clients:
+            store.add_device(client, key_text(self.keys[client].public_key()))
+        store.close()
+
     def start(self, *names: str) -> None:
         """Start processes, all by default; one that cannot start is started again later."""
         for name in names or tuple(self.disks):
@@ -131,7 +146,7 @@ class World:
         if name == COORDINATOR:
             process: Any = CoordinatorProcess(self.network, self.scenario, root, self._model)
         else:
-            process = ClientProcess(self.network, name, root, self.scenario.step_s)
+            process = ClientProcess(self.network, name, root, self.scenario.step_s, self._pinned)
         self.running[name] = process
         self.network.ends[name] = process.socket
         self.network.connect(name)
