@@ -19,7 +19,7 @@ from protocol.errors import Refused, WireError
 
 ROOT = "clipcast"
 VERSION = "1"
-BROADCASTS = ("classes", "round", "release")
+BROADCASTS = ("classes", "round", "release", "key")
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}\Z")
 SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
 

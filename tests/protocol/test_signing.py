@@ -60,7 +60,7 @@ def test_no_other_bytes_are_let_through(data):
 
 
 def test_a_token_has_one_spelling():
-    """The last letter of a signature has four bits that mean nothing; some readers take padding, or forget foreign letters."""
+    """The last letter of a signature has four idle bits; some readers take padding, or pass over foreign letters."""
     token = Signer(rfc_key()).seal("fed", "a", STATUS)
     assert opened(token, signer_of(token))
     letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
