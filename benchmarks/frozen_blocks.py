@@ -28,8 +28,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging as transformers_logging
 
-from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
-from clip_lora.towers import load_config, locate
+from clip_lora.lora import load_adapter
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes, locate
 from edge_client.data import Dataset, Picture
 from edge_client.encoder import ImageEncoder
 from edge_client.frozen import HiddenStore
@@ -76,7 +77,7 @@ class Epoch:
 
 def epoch(encoder: ImageEncoder, encode: Encode, data: Dataset, recipe: Recipe) -> Epoch:
     """Train one epoch as local_steps does, from the initial adapter."""
-    load_adapter(encoder.model, initial_adapter(adapter_shapes(load_config(encoder.name), "vision", recipe), 0))
+    load_adapter(encoder.model, initial_adapter(adapter_shapes(load_sizes(encoder.name), "vision", recipe), 0))
     parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     targets = torch.nn.functional.normalize(torch.randn(CLASSES, 512, generator=torch.Generator().manual_seed(0)), dim=-1)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_lora.lora import adapter_shapes
-from clip_lora.towers import load_config
+from clip_lora.shapes import adapter_shapes
+from clip_lora.towers import load_sizes
 from clipcast.demo.broker import embedded_broker
 from coordinator.config import CoordinatorConfig
 from coordinator.rounds import Federation
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--broker")
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    shapes = adapter_shapes(load_config("tiny-clip"), "vision", RECIPE)
+    shapes = adapter_shapes(load_sizes("tiny-clip"), "vision", RECIPE)
     size = len(encode_adapter({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}))
     with (
         tempfile.TemporaryDirectory() as folder,

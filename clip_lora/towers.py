@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from clip_lora.errors import ModelError
+from clip_lora.shapes import Sizes, TowerSize
 
 TINY_CLIP = "tiny-clip"
 BITS = (4, 8, 32)
@@ -75,6 +76,13 @@ def load_config(name: str) -> CLIPConfig:
     """Return the model's configuration; raises ModelError."""
     with loading(name):
         return CLIPConfig.from_pretrained(locate(name))
+
+
+def load_sizes(name: str) -> Sizes:
+    """Return how large the model's towers are; raises ModelError."""
+    config = load_config(name)
+    parts = (config.vision_config, config.text_config)
+    return Sizes(*(TowerSize(part.num_hidden_layers, part.hidden_size) for part in parts))
 
 
 def model_facts(name: str) -> ModelFacts:

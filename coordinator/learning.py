@@ -9,10 +9,11 @@ import numpy as np
 
 from clip_lora.algebra import rank_of
 from coordinator.aggregate import Contribution, aggregate
+from coordinator.model import LocalModel, Model
 from coordinator.on_demand import OnDemand, each
 from coordinator.personal import Attention, at_rank, below, personalise
 from coordinator.recipe import FederationRecipe
-from coordinator.text_side import TextLoss, TextSamples, TextSide
+from coordinator.text_samples import TextLoss, TextSamples
 from protocol.codec import decode_adapter, encode_adapter
 from protocol.messages import Adapter, TextBank
 
@@ -48,14 +49,11 @@ class Lesson:
 class Learner:
     """Turns contributions into knowledge by a recipe."""
 
-    def __init__(self, bank: TextBank, recipe: FederationRecipe, seed: int) -> None:
+    def __init__(self, bank: TextBank, recipe: FederationRecipe, seed: int, model: Model | None = None) -> None:
+        """Make ready to learn; raises ModelError. `text_shapes` are those of the text adapter, None if it is not trained."""
         self._recipe = recipe
-        self._text = TextSide(bank, recipe.text, seed) if recipe.text.steps else None
-
-    @property
-    def text_shapes(self) -> dict[str, tuple[int, int]] | None:
-        """Return the shapes of the text adapter, None if the text side is not trained."""
-        return self._text.shapes if self._text else None
+        self._model = LocalModel(bank.model) if model is None else model
+        self.text_shapes = self._model.begin(bank, recipe.text, seed) if recipe.text.steps else None
 
     def learn(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Train the text side, average, personalise.
@@ -104,16 +102,13 @@ class Learner:
     def _train_text(
         self, contributions: Mapping[str, Contribution], known: Knowledge
     ) -> tuple[TextBank, Adapter | None, TextLoss | None]:
-        if self._text is None:
+        if self.text_shapes is None:
             return known.bank, known.text, None
         samples = TextSamples.gather(contributions, self._recipe.text)
         if not len(samples):
             return known.bank, known.text, None
-        self._text.restart(known.text if self._recipe.text.continued else None)
-        loss = self._text.train(samples)
-        text = stored(self._text.adapter())
-        self._text.load(text)
-        return self._text.bank(known.bank.version + 1), text, loss
+        start = known.text if self._recipe.text.continued else None
+        return self._model.teach(samples, start, known.bank.version + 1)
 
 
 NO_LESSON = Lesson(None, None, {})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_lora.algebra import A, B, layers, mean_of_factors, mean_of_products, rank_of
-from clip_lora.lora import block_of
+from clip_lora.shapes import block_of
 from coordinator.aggregate import Contribution
 from coordinator.on_demand import OnDemand
 from coordinator.query import Holder, Matrix, attention, cluster, entropy, keep_share, together

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from coordinator.personal import Attention
-from coordinator.text_side import TextLoss
+from coordinator.text_samples import TextLoss
 
 
 class Refusal(BaseModel):

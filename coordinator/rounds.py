@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from clip_lora.lora import Shapes, adapter_shapes, initial_adapter
-from clip_lora.towers import load_config
+from clip_lora.shapes import Shapes, adapter_shapes, initial_adapter
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, Late, Start
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
@@ -19,6 +18,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.devices import Devices
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
+from coordinator.model import LocalModel, Model
 from coordinator.on_demand import OnDemand, each
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord, mean_told
 from coordinator.store import Opened, Store
@@ -57,7 +57,9 @@ class Federation:
         store: Store,
         devices: Devices | None = None,
         clock: Callable[[], float] = time.monotonic,
+        model: Model | None = None,
     ) -> None:
+        """Make ready; without `model`, the configured one is held in this process. Raises ModelError."""
         self._clock = clock
         self._config = config
         self._bank = bank
@@ -67,9 +69,10 @@ class Federation:
         self._devices = devices
         self._online: dict[str, Status] = {}
         self._run, self._start = "", 0
-        self._model = load_config(config.model)
-        self._training = config.recipe.training(self._model.vision_config.num_hidden_layers)
-        self._learner = Learner(bank, config.recipe, config.seed)
+        model = LocalModel(config.model) if model is None else model
+        self._sizes = model.sizes()
+        self._training = config.recipe.training(self._sizes.vision.blocks)
+        self._learner = Learner(bank, config.recipe, config.seed, model)
         self._last = config.rounds + config.recipe.rounds_after
 
     def run(self) -> Iterator[RoundRecord]:
@@ -132,7 +135,7 @@ class Federation:
 
     def _recall(self) -> tuple[int, Knowledge]:
         """Return the last finished round and what is known since; a new federation begins with round 0's."""
-        shapes = adapter_shapes(self._model, "vision", self._training)
+        shapes = adapter_shapes(self._sizes, "vision", self._training)
         number, known = self._store.resume(shapes, self._learner.text_shapes)
         if known is None:
             known = Knowledge(self._bank, stored(initial_adapter(shapes, self._config.seed)))
@@ -221,7 +224,7 @@ class Federation:
 
     def _shapes(self, ranks: Mapping[str, int]) -> dict[int, Shapes]:
         """Return the factors' shapes at each rank."""
-        return {r: adapter_shapes(self._model, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
+        return {r: adapter_shapes(self._sizes, "vision", self._training.at_rank(r)) for r in set(ranks.values())}
 
     def _same(self, old: RoundPlan, new: RoundPlan) -> bool:
         """Whether updates for the old plan are updates for the new one."""

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection, delete, insert, or_, select, update
 
 from clip_lora.errors import ModelError
-from clip_lora.lora import Shapes, check_shapes
+from clip_lora.shapes import Shapes, check_shapes
 from coordinator.aggregate import Contribution
 from coordinator.collection import Answer
 from coordinator.errors import FederationError, NotKeptError

@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clip_lora.lora import adapter_shapes, adapter_state, attach, initial_adapter, load_adapter
-from clip_lora.towers import default_device, load_config, load_text_tower, one_thread
-from coordinator.aggregate import Contribution
+from clip_lora.lora import adapter_state, attach, load_adapter
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import default_device, load_sizes, load_text_tower, one_thread
 from coordinator.recipe import TextTraining
 from coordinator.text_bank import mean_embedding
-from protocol.messages import Adapter, FloatArray, IntArray, TextBank
-
-
-@dataclass(frozen=True)
-class TextSamples:
-    """What the text side learns from: unit features (N, D), labels (N,), weights (N,) summing to 1."""
-
-    features: FloatArray
-    labels: IntArray
-    weights: NDArray[np.float64]
-
-    @classmethod
-    def gather(cls, contributions: Mapping[str, Contribution], how: TextTraining) -> TextSamples:
-        """Collect all uploaded features, clients in sorted order.
-
-        With `prototypes_for_missing`, a class of which nobody sent a feature is represented by its prototypes, weighted
-        by their counts: otherwise its embedding would only ever be pushed away. With `balance_classes` all classes weigh
-        the same, otherwise all rows do.
-        """
-        updates = [contributions[client].update for client in sorted(contributions)]
-        width = max(rows.shape[1] for u in updates for rows in (u.features, u.prototypes))
-        none = np.zeros((0, width), np.float32)
-        features = np.concatenate([none, *(u.features for u in updates if len(u.features))])
-        labels = np.concatenate([u.labels for u in updates])
-        weights = np.ones(len(labels))
-        if how.prototypes_for_missing:
-            rows = np.concatenate([none, *(u.prototypes for u in updates if len(u.prototypes))])
-            classes = np.concatenate([u.prototype_classes for u in updates])
-            counts = np.concatenate([u.prototype_counts for u in updates]).astype(np.float64)
-            for c in np.setdiff1d(classes, labels):
-                counts[classes == c] /= counts[classes == c].mean()
-            missing = ~np.isin(classes, labels)
-            features = np.concatenate([features, rows[missing]])
-            labels = np.concatenate([labels, classes[missing]])
-            weights = np.concatenate([weights, counts[missing]])
-        if how.balance_classes:
-            for c in np.unique(labels):
-                weights[labels == c] /= weights[labels == c].sum()
-        lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)  # int8 on the wire: nearly unit
-        return cls((features / lengths).astype(np.float32), labels, weights / max(weights.sum(), 1e-12))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class TextLoss:
-    """Weighted mean CE over the gathered samples before and after training, and how many samples there were."""
-
-    before: float
-    after: float
-    samples: int
+from coordinator.text_samples import TextLoss, TextSamples
+from protocol.codec import decode_adapter, encode_adapter
+from protocol.messages import Adapter, FloatArray, TextBank
 
 
 class TextSide:
@@ -78,7 +25,7 @@ class TextSide:
         self._how = how
         self._device = default_device()
         tower, tokenizer = load_text_tower(bank.model, self._device)
-        config = load_config(bank.model)
+        config = load_sizes(bank.model)
         self.shapes = adapter_shapes(config, "text", how)
         self._model = attach(tower, config, "text", how)
         # Train mode as loaded: CLIP has no dropout.
@@ -90,6 +37,14 @@ class TextSide:
         self._all = tokenizer(everything, padding=True, truncation=True, return_tensors="pt").to(self._device)
         self._initial = initial_adapter(self.shapes, seed)
         self.load(self._initial)
+
+    def teach(self, samples: TextSamples, start: Adapter | None, version: int) -> tuple[TextBank, Adapter, TextLoss]:
+        """Train from an adapter, or anew; return the bank of this version, the adapter as it is stored, and how it went."""
+        self.restart(start)
+        loss = self.train(samples)
+        adapter = decode_adapter(encode_adapter(self.adapter()))
+        self.load(adapter)
+        return self.bank(version), adapter, loss
 
     def load(self, adapter: Adapter) -> None:
         """Set the adapter; raises ModelError unless it fits."""

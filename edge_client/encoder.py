@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from clip_lora.lora import PeftModel, attach
 from clip_lora.preprocess import Preprocessing, load_preprocessing
-from clip_lora.towers import load_config, load_image_tower, model_facts
+from clip_lora.towers import load_image_tower, load_sizes, model_facts
 from edge_client.data import Dataset
 from edge_client.frozen import Hidden, HiddenStore
 from protocol.messages import FloatArray, Recipe
@@ -30,7 +30,7 @@ class ImageEncoder:
         self.name = model
         self.device = device
         self.preprocessing: Preprocessing = load_preprocessing(model)
-        self.model: PeftModel = attach(load_image_tower(model, bits, device), load_config(model), "vision", recipe)
+        self.model: PeftModel = attach(load_image_tower(model, bits, device), load_sizes(model), "vision", recipe)
         self.first_block = recipe.first_block
         self.store = HiddenStore() if store is None else store
         # The name stands for the preprocessing beside the weights; digesting them is not worth it if nothing is frozen.

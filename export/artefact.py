@@ -22,9 +22,10 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from clip_lora.lora import LoraShape, attach, load_adapter, merge, scale
+from clip_lora.lora import attach, load_adapter, merge
 from clip_lora.preprocess import load_preprocessing
-from clip_lora.towers import load_config, load_image_tower, model_facts
+from clip_lora.shapes import LoraShape, scale
+from clip_lora.towers import load_image_tower, load_sizes, model_facts
 from export.errors import ExportError
 from export.graph import EMBEDS, OPSET, PIXELS, classifier_graph, join, preprocessing_graph
 from export.parity import MIN_COSINE, Parity, cosines, onnx_answers, torch_embeddings
@@ -140,7 +141,7 @@ def _trace(tower: nn.Module) -> onnx.ModelProto:
 
 def _quantised_embeddings(name: str, bits: int, source: Source, pictures: Sequence[Image.Image]) -> FloatArray:
     """Return what the tower that was trained says: quantised base, adapter beside it."""
-    model = attach(load_image_tower(name, bits), load_config(name), "vision", source.shape)
+    model = attach(load_image_tower(name, bits), load_sizes(name), "vision", source.shape)
     load_adapter(model, source.adapter)
     return torch_embeddings(model, load_preprocessing(name), pictures)
 

@@ -115,6 +115,7 @@ def test_inference_reaches_no_torch_by_any_import() -> None:
     [
         ("import protocol.mqtt, protocol.client_end, protocol.coordinator_end", TORCH | {"onnxruntime"}),
         ("import edge_client.infer", TORCH),
+        ("import coordinator.rounds, coordinator.model_process, clipcast.commands.coordinator", TORCH | {"onnxruntime"}),
         ("import edge_client.device, edge_client.participate", {"dp_accounting", "absl"}),
         ("import hardware_profiles.detect", TORCH | {"paho", "numpy"}),
         ("import clipcast.cli", TORCH | {"onnxruntime", "numpy", "paho", "onnx", "sklearn", "matplotlib", "pydantic"}),

@@ -27,9 +27,8 @@ import pytest
 from PIL import Image
 
 from clip_lora.algebra import mean_of_factors, mean_of_products, rank_of
-from clip_lora.lora import adapter_shapes, initial_adapter
-from clip_lora.towers import load_config as load_model_config
-from clip_lora.towers import one_thread
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes, one_thread
 from coordinator.collection import Answer
 from coordinator.config import CoordinatorConfig
 from coordinator.config import load as load_config
@@ -77,7 +76,7 @@ GIVEN: dict[str, Any] = {
     "personal": {"start": "own", "closing_steps": 0},
 }
 RECIPE = FederationRecipe.model_validate(GIVEN)
-DEPTH = load_model_config("tiny-clip").vision_config.num_hidden_layers
+DEPTH = load_sizes("tiny-clip").vision.blocks
 PROFILE = load_profile("generic-cpu")
 NARROW = PROFILE.model_copy(update={"max_rank": 2})
 MEASURED = {"seconds", "bytes_up", "bytes_down"}
@@ -464,7 +463,7 @@ def test_a_narrow_device_trains_at_the_same_scale(homes: list[Path]) -> None:
     """Alpha over rank is the federation's: the same B A is the same model, at rank 2 or padded to rank 8 with nothing."""
     plan = a_plan(1)
     wide = plan.recipe.model_copy(update={"rank": 8, "alpha": 16.0, "local_steps": 0})
-    shapes = adapter_shapes(load_model_config("tiny-clip"), "vision", wide.at_rank(2))
+    shapes = adapter_shapes(load_sizes("tiny-clip"), "vision", wide.at_rank(2))
     rng = np.random.default_rng(0)
     narrow = {name: rng.normal(0.0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
     bank = make_bank("tiny-clip", CLASSES, ("a photo of a {}",))
@@ -531,7 +530,7 @@ def test_a_client_killed_before_its_receipt_offers_the_same_update_again_and_tra
     link.poll(1.0)
     bank, actions = end.publish_bank(make_bank("tiny-clip", CLASSES, ("a photo of a {}",)))
     training = RECIPE.training(DEPTH)
-    start = end.serve_adapter(initial_adapter(adapter_shapes(load_model_config("tiny-clip"), "vision", training), 0))
+    start = end.serve_adapter(initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", training), 0))
     plan = a_plan(1).model_copy(update={"classes": bank.sha256, "adapter": start, "participants": ("one",)})
     link.do([*actions, *end.publish_plan(plan)])
     command = [sys.executable, "-m", "clipcast", "client", "run", str(settings)]
@@ -746,7 +745,7 @@ def test_a_client_follows_no_other_coordinator_than_its_own(tmp_path: Path) -> N
     client = ClientEnd("flow", "one", random.Random(0), tmp_path, Pinned(tmp_path / "coordinator.key"))
     link = Link(broker.connect(), client)
     training = RECIPE.training(DEPTH)
-    adapter = initial_adapter(adapter_shapes(load_model_config("tiny-clip"), "vision", training), 0)
+    adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", training), 0)
 
     def plan_by(coordinator: CoordinatorEnd, number: int) -> None:
         other = Link(broker.connect(), coordinator)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_lora.lora import adapter_shapes, initial_adapter
-from clip_lora.towers import load_config, one_thread
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes, one_thread
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, Start, check_update
 from coordinator.learning import Knowledge, Learner, stored
@@ -25,7 +25,7 @@ from protocol.parcel import pack
 
 CLASSES = ("zero", "one", "two")
 HELD = {"ann": {"zero": 6, "one": 6, "two": 2}, "bob": {"zero": 2, "one": 6, "two": 6}, "cid": {"zero": 2, "two": 3}}
-CONFIG = load_config("tiny-clip")
+CONFIG = load_sizes("tiny-clip")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def a_recipe(**fields):
 
 def trained(recipe, bank, homes, number=1):
     """What the coordinator has of a round: every device's update, trained for real, packed, unpacked and checked."""
-    how = recipe.training(CONFIG.vision_config.num_hidden_layers)
+    how = recipe.training(CONFIG.vision.blocks)
     shapes = adapter_shapes(CONFIG, "vision", how)
     start = stored(initial_adapter(shapes, 0))
     ref = reference(encode_adapter(start))

@@ -14,6 +14,7 @@ from clipcast.commands.files import write_new
 
 if TYPE_CHECKING:
     from coordinator.config import CoordinatorConfig
+    from coordinator.model import Model
     from coordinator.records import RoundRecord
 
 app = typer.Typer(help="The lab server: broadcasts class banks and adapters, collects and aggregates updates.")
@@ -52,12 +53,15 @@ def run(
     Example: `clipcast coordinator run coordinator.toml`
     """
     from coordinator.config import load
+    from coordinator.model_process import ModelProcess
 
-    for record in conduct(load(path)):
-        typer.echo(record.model_dump_json() if as_json else _line(record))
+    config = load(path)
+    with ModelProcess(config.model) as model:
+        for record in conduct(config, model):
+            typer.echo(record.model_dump_json() if as_json else _line(record))
 
 
-def conduct(config: CoordinatorConfig) -> Iterator[RoundRecord]:
+def conduct(config: CoordinatorConfig, model: Model) -> Iterator[RoundRecord]:
     """Run a federation to its last round; yield a record after each. Raises whatever keeps it from going on."""
     from protocol.mqtt import MqttBus
     from protocol.topics import Topics
@@ -68,7 +72,6 @@ def conduct(config: CoordinatorConfig) -> Iterator[RoundRecord]:
     from coordinator.devices import Devices
     from coordinator.rounds import Federation
     from coordinator.store import Store
-    from coordinator.text_bank import make_bank
     from protocol.coordinator_end import CoordinatorEnd
     from protocol.link import Link
 
@@ -84,8 +87,11 @@ def conduct(config: CoordinatorConfig) -> Iterator[RoundRecord]:
             trust=devices,
             seal_updates=config.seal_updates,
         )
-        bank = make_bank(config.model, config.classes, config.templates)
-        yield from Federation(config, bank, Link(bus, end), end, store, devices).run()
+        bank = model.bank(config.classes, config.templates)
+        federation = Federation(config, bank, Link(bus, end), end, store, devices, model=model)
+        if not config.recipe.text.steps:
+            model.close()  # it has no more to do
+        yield from federation.run()
     finally:
         bus.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clip_lora.preprocess import load_preprocessing
-from clip_lora.towers import default_device, load_config
+from clip_lora.towers import default_device, load_sizes
 from clipcast.simulate.engine import Engine, LocalEngine, place
 from clipcast.simulate.evaluate import Judge, own_accuracy
 from clipcast.simulate.fleet import CoordinatorBus, Fleet
@@ -58,7 +58,7 @@ class Bench:
         encoders, device = Encoders(SHARED_ENCODERS), default_device()
         test = Dataset(pool.test, pool.labels(pool.test), load_preprocessing(settings.model))
         judge = Judge(encoders, test, settings.model, settings.bits, device)
-        depth = load_config(settings.model).vision_config.num_hidden_layers
+        depth = load_sizes(settings.model).vision.blocks
         return cls(settings, pool, encoders, judge, bank, depth)
 
     def engine(self, pictures: Mapping[str, OpenPictures]) -> Engine:

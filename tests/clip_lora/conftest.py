@@ -12,8 +12,8 @@ import torch
 from transformers import CLIPConfig
 
 from clip_lora.algebra import Adapter
-from clip_lora.lora import Shapes
-from clip_lora.towers import load_config, locate, one_thread
+from clip_lora.shapes import Shapes
+from clip_lora.towers import load_sizes, locate, one_thread
 
 RandomAdapter = Callable[..., Adapter]
 
@@ -27,7 +27,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def config() -> CLIPConfig:
-    return load_config("tiny-clip")
+    return load_sizes("tiny-clip")
 
 
 @pytest.fixture(scope="session")

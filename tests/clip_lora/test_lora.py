@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clip_lora.errors import ModelError
-from clip_lora.lora import adapter_shapes, adapter_state, attach, check_shapes, initial_adapter, load_adapter, scale
+from clip_lora.lora import adapter_state, attach, load_adapter
+from clip_lora.shapes import adapter_shapes, check_shapes, initial_adapter, scale
 from clip_lora.towers import load_image_tower, load_text_tower
 from protocol.messages import Recipe
 

@@ -8,7 +8,8 @@ import torch
 
 from clip_lora.algebra import delta, layers
 from clip_lora.errors import ModelError
-from clip_lora.lora import adapter_shapes, attach, initial_adapter, load_adapter, merge, scale
+from clip_lora.lora import attach, load_adapter, merge
+from clip_lora.shapes import adapter_shapes, initial_adapter, scale
 from clip_lora.towers import load_image_tower, load_text_tower
 from protocol.messages import Recipe
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from clip_lora.lora import adapter_shapes, adapter_state, attach, initial_adapter, load_adapter
+from clip_lora.lora import adapter_state, attach, load_adapter
+from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_image_tower
 from protocol.messages import Recipe
 

@@ -14,7 +14,7 @@ from transformers import CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from clip_lora.errors import ModelError
-from clip_lora.towers import load_config, load_image_tower, load_text_tower, locate, model_facts
+from clip_lora.towers import load_image_tower, load_sizes, load_text_tower, locate, model_facts
 from coordinator.text_bank import make_bank
 
 
@@ -108,7 +108,7 @@ def test_a_copied_folder_loads_by_path_to_the_same_weights(model_copy):
     assert all(torch.equal(t, theirs.state_dict()[name]) for name, t in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("load", [load_config, model_facts, load_text_tower, lambda name: load_image_tower(name, 4)])
+@pytest.mark.parametrize("load", [load_sizes, model_facts, load_text_tower, lambda name: load_image_tower(name, 4)])
 def test_a_missing_folder_and_one_without_a_config_are_refused_by_name(load, tmp_path):
     for folder in (tmp_path / "absent", tmp_path):
         with pytest.raises(ModelError, match=rf"{folder} holds no config\.json"):
@@ -125,7 +125,7 @@ def test_a_folder_that_starts_with_a_dot_is_a_path_and_not_a_hub_name(tmp_path, 
 def test_a_config_that_is_not_json_is_a_model_error(model_copy):
     (model_copy / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot load model"):
-        load_config(str(model_copy))
+        load_sizes(str(model_copy))
 
 
 @pytest.mark.parametrize("load", [model_facts, lambda name: load_image_tower(name, 4)], ids=["facts", "tower"])
@@ -166,7 +166,7 @@ def test_a_folder_without_a_tokenizer_is_a_model_error(model_copy):
 
 def test_loading_leaves_the_verbosity_of_transformers_as_it_was():
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    load_config("tiny-clip")
+    load_sizes("tiny-clip")
     with pytest.raises(ModelError):
-        load_config("/absent/model")
+        load_sizes("/absent/model")
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before

@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging as transformers_logging
 
-from clip_lora.lora import adapter_shapes, adapter_state, attach, initial_adapter, load_adapter
+from clip_lora.lora import adapter_state, attach, load_adapter
 from clip_lora.preprocess import load_preprocessing
-from clip_lora.towers import load_config, load_image_tower, locate, model_facts
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_image_tower, load_sizes, locate, model_facts
 from protocol.messages import Recipe
 
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
 
 def test_one_training_step_of_two_pictures_on_vit_b32_in_four_bits(folder):
     recipe = Recipe()
-    config = load_config(str(folder))
+    config = load_sizes(str(folder))
     tower = load_image_tower(str(folder), 4)
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in tower.modules()) == 12 * 6
     model = attach(tower, config, "vision", recipe)

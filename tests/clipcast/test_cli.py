@@ -17,8 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
-from clip_lora.lora import adapter_shapes, initial_adapter
-from clip_lora.towers import load_config
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes
 from clipcast.exit_codes import CODES
 from coordinator.text_bank import make_bank
 from export.artefact import Source, export_artefact
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     picture.save(folder / "picture.png")
     bank = make_bank("tiny-clip", ("cat", "dog"), ("a photo of a {}",))
-    adapter = initial_adapter(adapter_shapes(load_config("tiny-clip"), "vision", recipe), 0)
+    adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
     export_artefact(Source(bank, adapter, recipe, "lab", 0), [picture], 32, folder / "model.onnx")
     return folder / "model.onnx"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from clip_lora.lora import Shapes
+from clip_lora.shapes import Shapes
 from coordinator.checks import Expectation, Start
 from protocol.codec import encode_update, reference
 from protocol.messages import Offer, Recipe, RoundPlan, Update

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_lora.algebra import delta, layers
-from clip_lora.lora import initial_adapter
+from clip_lora.shapes import initial_adapter
 from clip_lora.towers import one_thread
 from coordinator.aggregate import Contribution, aggregate
 from coordinator.checks import Expectation, Start, check_update
@@ -160,8 +160,8 @@ def test_the_bank_is_that_of_the_text_adapter_which_is_kept(bank, start):
     learner = Learner(bank, recipe(), 0)
     known, _ = learner.learn(contributions(bank), start)
     other = Learner(bank, recipe(), 1)
-    other._text.load(known.text)
-    assert other._text.bank(2).embeddings.tobytes() == known.bank.embeddings.tobytes()
+    other._model._text.load(known.text)
+    assert other._model._text.bank(2).embeddings.tobytes() == known.bank.embeddings.tobytes()
 
 
 def test_r3_asks_with_the_newest_class_bank(bank, start):

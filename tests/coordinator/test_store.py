@@ -15,14 +15,14 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from clip_lora.lora import initial_adapter
+from clip_lora.shapes import initial_adapter
 from coordinator.collection import Answer
 from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson, stored
 from coordinator.personal import Attention
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
 from coordinator.store import FIRST_BANK, Store
-from coordinator.text_side import TextLoss
+from coordinator.text_samples import TextLoss
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, sha256
 from protocol.messages import TextBank, Verdict
 

@@ -14,7 +14,8 @@ from clip_lora.towers import one_thread
 from coordinator.aggregate import Contribution
 from coordinator.recipe import TextTraining
 from coordinator.text_bank import make_bank
-from coordinator.text_side import TextSamples, TextSide
+from coordinator.text_samples import TextSamples
+from coordinator.text_side import TextSide
 from protocol.codec import encode_adapter, reference
 from protocol.messages import Offer, Update
 

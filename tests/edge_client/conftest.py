@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_lora.lora import adapter_shapes, initial_adapter, load_adapter
-from clip_lora.towers import load_config, one_thread
+from clip_lora.lora import load_adapter
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes, one_thread
 from coordinator.text_bank import make_bank
 from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ def make_ready() -> MakeReady:
     """A plan that has arrived whole: the initial adapter of its recipe, and a bank."""
 
     def make(bank: TextBank, recipe: Recipe = RECIPE, number: int = 1, clients: tuple[str, ...] = ("ann",)) -> PlanReady:
-        adapter = initial_adapter(adapter_shapes(load_config("tiny-clip"), "vision", recipe), 0)
+        adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
         plan = RoundPlan(
             run="0123456789abcdef",
             start=1,

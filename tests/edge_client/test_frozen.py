@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clip_lora.lora import adapter_shapes, adapter_state, initial_adapter, load_adapter
+from clip_lora.lora import adapter_state, load_adapter
 from clip_lora.preprocess import load_preprocessing
-from clip_lora.towers import load_config, locate
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes, locate
 from edge_client.data import Dataset, find_pictures, open_dataset
 from edge_client.encoder import ImageEncoder
 from edge_client.frozen import HiddenStore
@@ -44,7 +45,7 @@ class Uncached(ImageEncoder):
 
 def trained(encoder, first_block=FIRST):
     """The encoder with an adapter of which no factor is zero."""
-    shapes = adapter_shapes(load_config("tiny-clip"), "vision", RECIPE.model_copy(update={"first_block": first_block}))
+    shapes = adapter_shapes(load_sizes("tiny-clip"), "vision", RECIPE.model_copy(update={"first_block": first_block}))
     rng = np.random.default_rng(5)
     load_adapter(encoder.model, {n: rng.normal(0, 0.05, shape).astype(np.float32) for n, shape in shapes.items()})
     return encoder
@@ -185,7 +186,7 @@ def test_a_picture_passes_the_frozen_blocks_once_and_alone_whatever_the_adapter(
     assert seen == [1, 1, 1, 1]
     encoded(encoder, pictures, [3, 1])
     encoded(encoder, pictures, [0, 0, 2])
-    shapes = adapter_shapes(load_config("tiny-clip"), "vision", RECIPE)
+    shapes = adapter_shapes(load_sizes("tiny-clip"), "vision", RECIPE)
     load_adapter(encoder.model, initial_adapter(shapes, 1))
     encoded(encoder, pictures, [2, 3])
     assert seen == [1, 1, 1, 1]

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from clip_lora.algebra import Adapter
-from clip_lora.lora import adapter_shapes, initial_adapter
 from clip_lora.preprocess import load_preprocessing
-from clip_lora.towers import load_config
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes
 from coordinator.text_bank import make_bank
 from edge_client.data import find_pictures
 from edge_client.errors import InferenceError
@@ -37,7 +37,7 @@ def bank() -> TextBank:
 @pytest.fixture(scope="session")
 def adapter() -> Adapter:
     rng = np.random.default_rng(0)
-    start = initial_adapter(adapter_shapes(load_config("tiny-clip"), "vision", RECIPE), 0)
+    start = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", RECIPE), 0)
     return {n: rng.normal(0, 0.02, a.shape).astype(np.float32) if n.endswith("B") else a for n, a in start.items()}
 
 

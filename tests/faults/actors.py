@@ -14,6 +14,7 @@ from clipcast.commands.client import take_part
 from clipcast.commands.coordinator import conduct
 from clipcast.exit_codes import BUG, code_of
 from coordinator.config import CoordinatorConfig
+from coordinator.model import LocalModel
 from edge_client.config import ClientConfig
 from edge_client.participation import Participation, Send, Step
 from edge_client.work import Work
@@ -26,7 +27,8 @@ from tests.faults.light import LightTrainer
 def coordinate(settings: dict[str, Any]) -> None:
     """Run a coordinator to its last round; it ends as its command does."""
     try:
-        for record in conduct(CoordinatorConfig.model_validate(settings)):
+        config = CoordinatorConfig.model_validate(settings)
+        for record in conduct(config, LocalModel(config.model)):
             counts = f"{len(record.accepted)} accepted, {len(record.rejected)} rejected"
             print(f"{time.monotonic():.3f} round {record.round}: {record.outcome}, {counts}", flush=True)
     except Exception as error:

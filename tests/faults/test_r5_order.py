@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_lora.lora import initial_adapter
+from clip_lora.shapes import initial_adapter
 from coordinator.checks import Expectation, Start
 from coordinator.collection import Collection
 from coordinator.learning import Knowledge, Learner, stored
