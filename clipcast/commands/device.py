@@ -29,7 +29,7 @@ def show(settings: Settings = SETTINGS) -> None:
         typer.echo(f"{name} {device.key} {state}")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a key may begin with a dash
 def add(
     name: Name,
     key: Annotated[str, typer.Argument(help="Its public key, as `clipcast client key` prints it there.")],
