@@ -34,6 +34,7 @@ def forbidden(place: Place) -> dict[str, str]:
         "classes": topics.broadcast("classes"),
         "round": topics.broadcast("round"),
         "release": topics.broadcast("release"),
+        "key": topics.broadcast("key"),
         "a broadcast blob": topics.blob("0" * 64, 0),
         "to another client": topics.to(stranger, "check"),
     }

@@ -245,8 +245,6 @@ class CoordinatorEnd:
                 f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
             ) from error
         actions: list[Action] = [Subscribe(name) for name in self.topics.coordinator_filters()]
-        if self._keys:
-            actions.append(Publish(self.topics.broadcast(Successor.kind), self._keys, retain=True))
         for state in self._clients.values():
             if state.fetch is not None:
                 state.fetch.repeat.again()
@@ -255,8 +253,10 @@ class CoordinatorEnd:
 
     def _say_lasting(self) -> list[Action]:
         """Say what is retained: to a broker that has just taken us in, and again, because one may lose a message unseen."""
+        # The keys first: all else is signed with the newest.
+        keys = [Publish(self.topics.broadcast(Successor.kind), self._keys, retain=True)] if self._keys else []
         own = [self._announce_own(client) for client in self._own]
-        return [*own, *(self._broadcast(manifest) for manifest in self._retained.values())]
+        return [*keys, *own, *(self._broadcast(manifest) for manifest in self._retained.values())]
 
     def _cut_anew(self, size: int) -> None:
         """Cut what is served for a broker that takes packets of another size, and say so in the retained manifests."""

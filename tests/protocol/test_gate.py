@@ -170,3 +170,26 @@ def test_a_flood_is_logged_in_a_few_lines(caplog):
         note(counts, "topic", Refused("not-signed", "why"))
     assert len(caplog.records) == 10
     assert "512 so far" in caplog.text
+
+
+def test_a_device_that_was_set_up_anew_begins_to_count_anew(gate):
+    """Its new key's numbers are its own; what the old key has said stays said, should it ever count again."""
+    topic, keys = TOPICS.from_("a", "need"), {}
+
+    class Known:
+        def check(self, sender, key):
+            if keys[sender] != key:
+                raise Refused("wrong-key", "another")
+
+        def admit(self, sender, key):
+            pass
+
+    gate, old, new = Gate("fed", Known()), Signer(), Signer()
+    keys["a"] = old.public
+    said = [old.seal("fed", "a", NEED) for _ in range(5)]
+    gate.open(parse(topic), said[4])
+    keys["a"] = new.public
+    assert verdict(gate, topic, old.seal("fed", "a", NEED)) == "wrong-key"
+    gate.open(parse(topic), new.seal("fed", "a", NEED))
+    keys["a"] = old.public
+    assert verdict(gate, topic, said[3]) == "replayed"

@@ -223,3 +223,12 @@ def test_a_thief_who_has_raised_the_numbers_stops_nobody_after_a_rotation(tmp_pa
     restarted = ClientEnd("fed", "a", random.Random(0), tmp_path / "a", Pinned(tmp_path / "a" / "coordinator.key"))
     assert restarted.handle(Delivery(plan.topic, plan.payload), 1.0)[1] == [Finished(finished(2))]
     assert restarted.handle(stolen, 1.0)[1] == []
+
+
+def test_the_keys_are_said_again_with_all_that_lasts(tmp_path):
+    """A broker may lose a message unseen."""
+    rotate(tmp_path, "fed")
+    end = CoordinatorEnd("fed", random.Random(0), state=tmp_path)
+    said(end, finished(1))
+    wanted = {TOPICS.broadcast("key"), TOPICS.broadcast("round")}
+    assert any({action.topic for action in end.tick(now, 8)} >= wanted for now in range(1000))
