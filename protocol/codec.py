@@ -23,7 +23,9 @@ from protocol.errors import WireError
 from protocol.messages import CHUNK_SIZE, Adapter, BlobRef, FloatArray, TextBank, Update
 
 Array = NDArray[Any]
-MAX_HEADER = 1024 * 1024
+# Of a safetensors header: what costs too long to read is refused unread. The largest CLIPs' factors need 60 KB, all adapted;
+# a class bank has its class names there.
+MAX_HEADER, MAX_BANK_HEADER = 128 * 1024, 512 * 1024
 INT8_STEPS = 127
 HEADER_ENTRY, HEADER_REST = 160, 4096  # of a safetensors header: a tensor's entry besides its name, and all else
 UPDATE_FACTORS = "adapter."  # what the names of an update's factors begin with
@@ -198,27 +200,42 @@ def _encode(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
 
 
 def _decode(blob: bytes, kind: str) -> tuple[dict[str, Array], dict[str, str]]:
-    metadata = _metadata(blob)
+    names, metadata = _header(blob, MAX_BANK_HEADER if kind == "bank" else MAX_HEADER)
     if metadata.get("type") != kind:
         raise WireError(f"expected a blob of type {kind!r}, got {metadata.get('type')!r}")
+    if kind == "bank" and names != {"embeddings"}:
+        raise WireError(f"a class bank with {len(names)} tensors, it has its embeddings alone")
     try:
         return load(blob), metadata
     except (SafetensorError, KeyError, ValueError) as error:
         raise WireError(f"unreadable {kind} blob: {error}") from error
 
 
-def _metadata(blob: bytes) -> dict[str, str]:
-    """Read the header that safetensors' own loader drops: 8 bytes of length, then JSON."""
+def _header(blob: bytes, longest: int) -> tuple[set[str], dict[str, str]]:
+    """Read the tensors' names, and the metadata that safetensors' own loader drops: 8 bytes of length, then JSON."""
     if len(blob) < 8:
         raise WireError(f"blob of {len(blob)} bytes is too short to be safetensors")
     (length,) = struct.unpack("<Q", blob[:8])
-    if length > min(MAX_HEADER, len(blob) - 8):
+    if length > min(longest, len(blob) - 8):
         raise WireError(f"safetensors header of {length} bytes: the blob is truncated or not ours")
     try:
-        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-        metadata = json.loads(metadata["clipcast"]) if "clipcast" in metadata else metadata
+        header = _object(blob[8 : 8 + length])
+        metadata = header.pop("__metadata__", {})
+        metadata = _object(metadata["clipcast"]) if "clipcast" in metadata else metadata
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise WireError("safetensors header is not JSON") from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WireError("safetensors metadata is not a map of strings")
-    return metadata
+    return set(header), metadata
+
+
+def _object(text: str | bytes) -> Any:
+    """Read JSON in which every key stands once: of two, the next reader might take the other."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found

@@ -123,7 +123,8 @@ class Signer:
 
 def signer_of(token: bytes) -> str:
     """Return the key that a token says it is signed with; raises Refused. Nothing is proven yet."""
-    if not all(_is_canonical(part) for part in token.split(b".")):
+    parts = token.split(b".", 3)
+    if len(parts) != 3 or not all(map(_is_canonical, parts)):
         raise Refused("not-signed", "not a signed manifest: base64url has one spelling for its bytes, and this is another")
     try:
         header = _jws.get_unverified_header(token)

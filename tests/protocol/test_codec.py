@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load, save
 
 from protocol.codec import (
+    MAX_BANK_HEADER,
+    MAX_HEADER,
     decode_adapter,
     decode_bank,
     decode_update,
@@ -230,6 +232,35 @@ def test_any_header_is_read_or_refused(kind, tensors, data):
 def test_a_header_that_is_no_map_of_strings_is_refused(header):
     with pytest.raises(WireError, match="safetensors"):
         decode_update(with_header(header))
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("update", MAX_HEADER), ("adapter", MAX_HEADER), ("bank", MAX_BANK_HEADER)])
+def test_a_header_that_is_dear_to_read_is_refused_unread(kind, longest):
+    header = json.dumps({"__metadata__": {"type": "none"}}).encode()
+    for length, problem in ((longest, "expected a blob of type"), (longest + 1, "the blob is truncated or not ours")):
+        with pytest.raises(WireError, match=problem):
+            DECODERS[kind](struct.pack("<Q", length) + header.ljust(length))
+
+
+def test_the_factors_of_the_largest_clip_have_room_for_their_names():
+    """ViT-bigG: 48 blocks, 4 projections; of no width here, as the widths are numbers of the same length."""
+    factor = np.zeros((1, 1), np.float32)
+    names = [f"vision_model.encoder.layers.{i}.self_attn.{p}_proj.lora_{f}" for i in range(48) for p in "qkvo" for f in "AB"]
+    blob = encode_adapter(dict.fromkeys(names, factor))
+    assert int.from_bytes(blob[:8], "little") < MAX_HEADER // 2
+    assert len(decode_adapter(blob)) == 384
+
+
+def test_a_key_that_stands_twice_is_refused():
+    text = b'{"__metadata__":{"type":"update"},"x":1,"x":1}'
+    with pytest.raises(WireError, match="not JSON"):
+        decode_update(struct.pack("<Q", len(text)) + text)
+
+
+def test_a_bank_with_more_than_its_embeddings_is_refused():
+    tensor = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
+    with pytest.raises(WireError, match="2 tensors, it has its embeddings alone"):
+        decode_bank(with_header({"__metadata__": {"type": "bank"}, "embeddings": tensor, "more": tensor}))
 
 
 @pytest.mark.parametrize("metadata", [None, 5, ["clipcast"], "clipcast", {"clipcast": 5}])
