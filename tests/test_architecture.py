@@ -89,6 +89,24 @@ def test_only_topics_writes_a_slash_into_a_topic() -> None:
                 assert not text.startswith(("/", "clipcast/")), f"{path.name}:{node.lineno} builds a topic: {text}"
 
 
+UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+EVALUATING = {"eval", "exec", "compile", "__import__"}
+TORCH_FILES = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load"), ("numpy", "save"), ("np", "save")}
+
+
+@pytest.mark.parametrize("package", sorted(OURS))
+def test_nothing_is_unpickled_or_evaluated(package: str) -> None:
+    """What comes from elsewhere is safetensors, JSON or TOML; a file that could run code is never read."""
+    for path in files_of(package):
+        assert not packages_of(path) & UNPICKLING, path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in EVALUATING, where
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in TORCH_FILES, where
+
+
 def transitive_ours(start: Path) -> set[Path]:
     """The files of ours that importing `start` runs, by following imports at any depth."""
     seen: set[Path] = set()
