@@ -50,7 +50,7 @@ class Network:
     def cut(self, name: str, will: Publish | None = None) -> None:
         """The link of an end is gone, with all that was under way to it, until it connects again; its last will is said."""
         self._down.add(name)
-        self._filters[name].clear()
+        self._filters.setdefault(name, set()).clear()
         self._under_way = [one for one in self._under_way if one[2] != name]
         heapq.heapify(self._under_way)
         if will is not None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.disk import Disks, watched
+from tests.faults.disk import Disks
+from tests.faults.disk_calls import watched
 from tests.faults.processes import Zygote
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "faults" / "results.json"

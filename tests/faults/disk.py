@@ -7,23 +7,16 @@ was asked for (`LIVE`), only what is safe (`SAFE`), or that with half of what ca
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import pytest
-from sqlalchemy.engine.default import DefaultDialect
-
 LIVE, TORN, SAFE = "live", "torn", "safe"
-GONE = " (deleted)"
 Image = dict[str, bytes | None]
 """A folder by relative path: contents, None for a folder."""
 
@@ -45,62 +38,6 @@ class Fault(Protocol):
 
     def at(self, disk: Disk, operation: Operation, do: Callable[[], Any], half: Callable[[], Any]) -> Any:
         """Carry out an operation, or not."""
-
-
-@dataclass
-class Cut:
-    """The power is cut at the `number`-th operation.
-
-    `when`: "before" it, amid it ("torn"), after it with what was not safe "lost", or "after" it.
-    """
-
-    number: int
-    when: str
-    seen: int = 0
-    left: Image | None = None
-    disk: Disk | None = None
-    operation: Operation | None = None
-
-    def at(self, disk: Disk, operation: Operation, do: Callable[[], Any], half: Callable[[], Any]) -> Any:
-        """Carry it out, or cut and keep what is left."""
-        self.seen += 1
-        if self.seen != self.number:
-            return do()
-        if self.when == "torn" and operation.kind in ("write", "commit"):
-            half()
-        elif self.when != "before" and not (self.when == "torn" and operation.kind.endswith("sync")):
-            do()
-        self.left = disk.image({"torn": TORN, "lost": SAFE}.get(self.when, LIVE))
-        self.disk, self.operation, disk.dead = disk, operation, True
-        raise PowerCut
-
-
-@dataclass
-class Full:
-    """From the `number`-th operation on its disk takes nothing for `lasts_s`, 0: only this once. A write gets half down."""
-
-    number: int
-    code: int
-    lasts_s: float
-    clock: Callable[[], float]
-    seen: int = 0
-    failed: list[Operation] = field(default_factory=list)
-    disk: Disk | None = None
-    _until: float = 0.0
-
-    def at(self, disk: Disk, operation: Operation, do: Callable[[], Any], half: Callable[[], Any]) -> Any:
-        """Carry it out, or fail as the system and SQLite say it."""
-        self.seen += 1
-        if self.seen == self.number:
-            self.disk, self._until = disk, self.clock() + self.lasts_s
-        elif disk is not self.disk or self.clock() >= self._until:
-            return do()
-        self.failed.append(operation)
-        if operation.kind == "commit":
-            raise sqlite3.OperationalError("database or disk is full" if self.code == errno.ENOSPC else "disk I/O error")
-        if operation.kind == "write":
-            half()
-        raise OSError(self.code, os.strerror(self.code), operation.path)
 
 
 class Calm:
@@ -144,13 +81,13 @@ class Disk:
         """Put the folder into this state, all of it safe, as another start of the machine finds it."""
         self.dead = False
         shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir(parents=True)
+        os.makedirs(self.root)  # noqa: PTH103 - not as one of its operations
         self._files.clear()
         self._synced.clear()
         self._names.clear()
         for name, data in image.items():
             path = self.root / name
-            path.mkdir(parents=True, exist_ok=True) if data is None else path.write_bytes(data)
+            os.makedirs(path, exist_ok=True) if data is None else path.write_bytes(data)  # noqa: PTH103
             if data is not None:
                 self.sync(str(path))
         for folder in (self.root, *self.root.rglob("*")):
@@ -166,11 +103,15 @@ class Disk:
             self._names[path] = {e.name: None if e.is_dir() else self._file(e.path) for e in entries}
 
     def committed(self, database: str) -> None:
-        """SQLite has synced its log and, as it is new, its name."""
+        """SQLite has synced its files and, where they are new or gone, their names."""
+        names = self._names.setdefault(str(self.root), {})
         for path in (database, f"{database}-wal"):
             if Path(path).exists():
                 self.sync(path)
-                self._names.setdefault(str(self.root), {})[Path(path).name] = self._file(path)
+                names[Path(path).name] = self._file(path)
+            else:
+                names.pop(Path(path).name, None)
+                self.removed(path)
 
     def renamed(self, source: str, target: str) -> None:
         """A file stands behind another name."""
@@ -243,99 +184,3 @@ class Disks:
             case "rename":
                 disk.renamed(path, str(result))
         return result
-
-
-class _Writer:
-    """What os.fdopen gives: bytes go to the disk at a flush."""
-
-    def __init__(self, disks: Disks, handle: int, path: str) -> None:
-        self._disks, self._handle, self._path, self._held = disks, handle, path, b""
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-    def write(self, data: bytes) -> int:
-        """Hold bytes until the flush."""
-        self._held += data
-        return len(data)
-
-    def flush(self) -> None:
-        """Write what is held."""
-        data, self._held = self._held, b""
-        self._disks.at(
-            "write", self._path, lambda: os.write(self._handle, data), lambda: os.write(self._handle, data[: len(data) // 2])
-        )
-
-    def fileno(self) -> int:
-        """Return the file's handle."""
-        return self._handle
-
-
-def _path_of(handle: int) -> str:
-    return str(Path(f"/proc/self/fd/{handle}").readlink())
-
-
-@contextmanager
-def watched(patch: pytest.MonkeyPatch) -> Iterator[Disks]:
-    """Give disks whose operations are seen as long as the patch lasts."""
-    disks = Disks()
-    wraps = [*_wrap_files(disks), *_wrap_names(disks), (DefaultDialect, "do_commit", _wrap_commit(disks))]
-    for owner, name, wrapped in wraps:
-        patch.setattr(owner, name, wrapped)
-    yield disks
-
-
-Wrapped = tuple[object, str, Callable[..., Any]]
-
-
-def _wrap_files(disks: Disks) -> list[Wrapped]:
-    real_open, real_fsync, real_pwrite, real_fdopen = os.open, os.fsync, os.pwrite, os.fdopen
-
-    def open_(path: Any, flags: int, mode: int = 0o777, **how: Any) -> int:
-        do = partial(real_open, path, flags, mode, **how)
-        return int(disks.at("create", str(path), do) if flags & os.O_CREAT and not Path(path).exists() else do())
-
-    def fsync(handle: int) -> None:
-        path = _path_of(handle)
-        disks.at("folder sync" if Path(path).is_dir() else "sync", path, lambda: real_fsync(handle))
-
-    def pwrite(handle: int, data: bytes, offset: int) -> int:
-        half = bytes(data)[: len(data) // 2]
-        do = partial(real_pwrite, handle, data, offset)
-        return int(disks.at("write", _path_of(handle), do, lambda: real_pwrite(handle, half, offset)))
-
-    def fdopen(handle: int, *how: Any, **more: Any) -> Any:
-        path = _path_of(handle)
-        return _Writer(disks, handle, path) if disks.hold(path) else real_fdopen(handle, *how, **more)
-
-    return [(os, "open", open_), (os, "fsync", fsync), (os, "pwrite", pwrite), (os, "fdopen", fdopen)]
-
-
-def _wrap_names(disks: Disks) -> list[Wrapped]:
-    real_replace, real_unlink, real_mkdir = Path.replace, Path.unlink, Path.mkdir
-
-    def replace(self: Path, target: Path) -> Path:
-        return Path(disks.at("rename", str(self), lambda: real_replace(self, target)))
-
-    def unlink(self: Path, missing_ok: bool = False) -> None:
-        if self.exists() or not missing_ok:
-            disks.at("unlink", str(self), lambda: real_unlink(self, missing_ok))
-
-    def mkdir(self: Path, *how: Any, **more: Any) -> None:
-        disks.at("mkdir", str(self), lambda: real_mkdir(self, *how, **more))
-
-    return [(Path, "replace", replace), (Path, "unlink", unlink), (Path, "mkdir", mkdir)]
-
-
-def _wrap_commit(disks: Disks) -> Callable[..., Any]:
-    real_commit = DefaultDialect.do_commit
-
-    def commit(self: Any, connection: Any) -> None:
-        (path,) = [row[2] for row in connection.execute("PRAGMA database_list") if row[1] == "main"]
-        do = partial(real_commit, self, connection)
-        disks.at("commit", path, do, do)
-
-    return commit

@@ -10,7 +10,8 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from coordinator.rounds import Federation
 from coordinator.store import Store
 from edge_client.checkpoint import Checkpoint
 from edge_client.outbox import Outbox
-from edge_client.participate import carry_out, trained
+from edge_client.participate import carry_out, finished
 from edge_client.participation import Participation, Step, Train
 from protocol.bus import Action, Disconnected, Event, Publish
 from protocol.client_end import ClientEnd
@@ -144,6 +145,7 @@ class ClientProcess:
         self._checkpoint = Checkpoint(state / "checkpoint.safetensors", every_s=0.0)
         self._training: Generator[None, None, TrainingResult] | None = None
         self._next = 0.0
+        self.spoils = False  # whether its next training comes to nothing good
         self.will: Publish | None = None
         self._outbox = Outbox(state)
         try:
@@ -174,7 +176,10 @@ class ClientProcess:
                 next(self._training)
             except StopIteration as end:
                 self._training = None
-                self._carry_out(trained(self._part, self.end, end.value))
+                done: Future[TrainingResult] = Future()
+                done.set_result(_spoilt(end.value) if self.spoils else end.value)
+                self.spoils = False
+                self._carry_out(finished(self._part, self.end, done))
 
     def gone(self) -> None:
         """The process is over, in whatever way."""
@@ -186,6 +191,10 @@ class ClientProcess:
                 self._training = training(step.ready, self._name, self._checkpoint)
                 self._next = self._network.now + self._step_s
         carry_out(steps, self._link, self.end, self._outbox)
+
+
+def _spoilt(result: TrainingResult) -> TrainingResult:
+    return replace(result, update=replace(result.update, prototypes=2 * result.update.prototypes))
 
 
 @dataclass

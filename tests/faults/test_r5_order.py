@@ -113,7 +113,7 @@ def test_updates_that_come_ten_times_with_stale_ones_among_them_count_once(
         others += hashes != calm
     score("R5", "duplicates counted", twice, "updates", "0", passed=twice == 0)
     score("R5", "stale updates accepted", stale, "updates", "0", passed=stale == 0)
-    sys.stderr.write(f"the last seed was {seeds[-1]}")
+    sys.stderr.write(f"\nthe last seed was {seeds[-1]}")
     score("R5", "shuffles of duplicates that gave other bits", others, "shuffles", "0", passed=others == 0)
 
 
@@ -135,7 +135,7 @@ def test_messages_that_come_ten_times_late_and_in_disorder_change_nothing(
             say_again(world, world.network.published)
             world.pass_time(10.0)
             failed += [f"seed {seed}: {problem}" for problem in problems(world, calm)]
-    sys.stderr.write("\n".join([*failed, f"the last seed was {seeds[-1]}"]))
+    sys.stderr.write("\n" + "\n".join([*failed, f"the last seed was {seeds[-1]}"]))
     score("R5", "federations with messages tenfold or late that ended otherwise", len(failed), "", "0", passed=not failed)
 
 

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.disk import Disks, Full
+from tests.faults.disk import Disks
+from tests.faults.disk_faults import Full
 from tests.faults.machines import SMALL, WHOLE, Scenario
 from tests.faults.verdict import calm_outcome, problems, run_to_the_end
 from tests.faults.world import World
@@ -53,7 +54,7 @@ def test_whichever_operation_a_disk_refuses(fast_path: Path, disks: Disks, full:
             break
     assert set(kinds) == {"create", "write", "sync", "rename", "folder sync", "unlink", "mkdir", "commit"}
     score("R9", "operations that a disk refused", points, "points", ">= 200", passed=points >= 200)
-    sys.stderr.write("\n".join(failed[:9]))
+    sys.stderr.write("\n" + "\n".join(failed[:9]))
     score(
         "R9", "refusals after which the result was another or help was needed", len(failed), "points", "0", passed=not failed
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from coordinator.store import Store
 from tests.faults.disk import Calm, Disks
 from tests.faults.machines import Scenario
 from tests.faults.world import Outcome, World, outcome
@@ -30,14 +29,14 @@ def calm_outcome(folder: Path, disks: Disks, scenario: Scenario) -> Outcome:
             assert not world.ended
             assert not world.not_started
             assert len(world.witness.accepted) == scenario.rounds * scenario.per_round
-            _CALM[scenario] = outcome(world.state)
+            _CALM[scenario] = outcome(world)
     return _CALM[scenario]
 
 
 def problems(world: World, calm: Outcome) -> list[str]:
     """Return what is not as it must be, at the end."""
     found = []
-    if (came_to := outcome(world.state)) != calm:
+    if (came_to := outcome(world)) != calm:
         found.append(f"ended in {came_to}, not {calm}")
     if lost := lost_receipts(world):
         found.append(f"receipts without an update: {lost}")
@@ -52,21 +51,15 @@ def problems(world: World, calm: Outcome) -> list[str]:
 
 def lost_receipts(world: World) -> list[tuple[str, int, str]]:
     """Return what was said to be accepted and is not in the journal: (client, round, hash)."""
-    store = Store(world.state)
-    try:
+    with world.store() as store:
         answers = {key: store.answered(key[0], world.witness.offers[key]) for key in sorted(world.witness.accepted)}
-    finally:
-        store.close()
     return [key for key, answer in answers.items() if answer is None or not answer.verdict.accepted]
 
 
 def counted_twice(world: World) -> list[tuple[int, str]]:
     """Return who counts more than once in a round: (round, client)."""
-    store = Store(world.state)
-    try:
+    with world.store() as store:
         records = store.records()
-    finally:
-        store.close()
     numbers = [record.round for record in records]
     assert numbers == list(range(1, len(numbers) + 1)), f"rounds {numbers}"
     return [(record.round, client) for record in records for client, n in Counter(record.accepted).items() if n > 1]

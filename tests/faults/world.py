@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.errors import FederationError
+from coordinator.journal import FILE
 from coordinator.records import RoundRecord
 from coordinator.store import Store
 from edge_client.errors import StateError
@@ -18,10 +20,10 @@ from protocol.bus import Publish
 from protocol.codec import encode_adapter, encode_bank, sha256
 from protocol.envelope import decode
 from protocol.errors import KeyFileError, WireError
-from protocol.messages import Manifest, Offer, Receipt
+from protocol.messages import Manifest, Offer, Receipt, RoundPlan
 from protocol.signing import key_text, opened, private_key, signer_of
 from protocol.topics import parse
-from tests.faults.disk import Calm, Disk, Disks, PowerCut
+from tests.faults.disk import LIVE, Calm, Disk, Disks, PowerCut
 from tests.faults.machines import COORDINATOR, MODEL, ClientProcess, CoordinatorProcess, Scenario
 from tests.network import STEP_S, Network
 
@@ -40,10 +42,11 @@ def manifest_in(message: Publish) -> Manifest | None:
 
 @dataclass
 class Witness:
-    """Reads along: every receipt that was given, every offer."""
+    """Reads along: every receipt that was given, every offer, every plan."""
 
     offers: dict[tuple[str, int, str], Offer] = field(default_factory=dict)
     receipts: dict[tuple[str, int, str], Receipt] = field(default_factory=dict)
+    plans: list[RoundPlan] = field(default_factory=list)
     changed: list[tuple[Receipt, Receipt]] = field(default_factory=list)
     _read: int = 0
 
@@ -58,6 +61,8 @@ class Witness:
                 earlier = self.receipts.setdefault(key, receipt)
                 if earlier.accepted and not receipt.accepted:
                     self.changed.append((earlier, receipt))
+            elif address.kind == "round" and isinstance(plan := manifest_in(message), RoundPlan):
+                self.plans.append(plan)
         self._read = len(published)
 
     @property
@@ -74,14 +79,11 @@ class Outcome:
     known: tuple[str, ...]
 
 
-def outcome(state: Path) -> Outcome:
+def outcome(world: World) -> Outcome:
     """Read what a federation has come to."""
-    store = Store(state)
-    try:
+    with world.store() as store:
         rounds = tuple(_essence(record) for record in store.records())
         known = store.knowledge()
-    finally:
-        store.close()
     if known is None:
         return Outcome(rounds, ())
     own = [f"{client}={sha256(encode_adapter(adapter))}" for client, adapter in sorted(known.own.items())]
@@ -106,9 +108,11 @@ class World:
         self.not_started: list[tuple[str, BaseException]] = []  # those that did so before they were at work
         self.cut: list[str] = []  # machines without power
         self.finished = False
-        self._model = folder / "model"
-        self._model.mkdir(exist_ok=True)
-        (self._model / "config.json").write_text(MODEL)
+        self.model = folder / "model"
+        self.model.mkdir(exist_ok=True)
+        (self.model / "config.json").write_text(MODEL)
+        self.broker_up = True
+        self.parted: set[str] = set()
         self._again: dict[str, float] = {}
         self.keys: dict[str, Ed25519PrivateKey] = {}
         self._pinned: str | None = None
@@ -139,29 +143,65 @@ class World:
     def start(self, *names: str) -> None:
         """Start processes, all by default; one that cannot start is started again later."""
         for name in names or tuple(self.disks):
+            assert name not in self.running
             self._guarded(name, lambda name=name: self._start(name))  # type: ignore[misc]
 
     def _start(self, name: str) -> None:
         root = self.disks[name].root
         if name == COORDINATOR:
-            process: Any = CoordinatorProcess(self.network, self.scenario, root, self._model)
+            process: Any = CoordinatorProcess(self.network, self.scenario, root, self.model)
         else:
             process = ClientProcess(self.network, name, root, self.scenario.step_s, self._pinned)
         self.running[name] = process
         self.network.ends[name] = process.socket
-        self.network.connect(name)
+        self.network.cut(name)
+        self.connect(name)
 
     def kill(self, name: str) -> None:
         """End a process as `kill -9` does; what it had asked of its disk happens."""
+        self._again.pop(name, None)
         process = self.running.pop(name, None)
         if process is not None:
-            self.network.cut(name, process.will)
+            self.network.cut(name, process.will if self.network.is_up(name) else None)
+            image = self.disks[name].image(LIVE)
             process.gone()
+            self.disks[name].restore(image)  # it closed its journal in good order, as no process does that is killed
+
+    def cut_power(self, name: str, how: str) -> None:
+        """End a process as a power cut does, and leave of its disk what that leaves."""
+        image = self.disks[name].image(how)
+        self.kill(name)
+        self.disks[name].restore(image)
 
     def connect(self, name: str) -> None:
-        """The link of a process comes back."""
-        if name in self.running:
+        """The link of a process comes up, if broker and network are there."""
+        if name in self.running and self.broker_up and name not in self.parted and not self.network.is_up(name):
             self.network.connect(name)
+
+    def part(self, name: str) -> None:
+        """Part a machine from the broker, whatever process runs on it, until `heal`."""
+        self.parted.add(name)
+        self.disconnect(name)
+
+    def heal(self, name: str) -> None:
+        """Give a machine its network back."""
+        self.parted.discard(name)
+        self.connect(name)
+
+    def stop_broker(self) -> None:
+        """The broker dies with all that it had retained; nobody's will is said."""
+        self.broker_up = False
+        for name in self.running:
+            if self.network.is_up(name):
+                self.network.cut(name)
+                self.running[name].socket.lost()
+        self.network.lose_retained()
+
+    def start_broker(self) -> None:
+        """Another broker is there, which knows nothing."""
+        self.broker_up = True
+        for name in self.running:
+            self.connect(name)
 
     def disconnect(self, name: str) -> None:
         """The link of a process goes down; the broker says its will."""
@@ -169,9 +209,20 @@ class World:
             self.network.cut(name, self.running[name].will)
             self.running[name].socket.lost()
 
-    def step(self) -> None:
-        """Let time pass: little while something is under way, more while all wait."""
-        self.network.step(self._pace)
+    @contextmanager
+    def store(self) -> Iterator[Store]:
+        """Look into the coordinator's state beside it."""
+        store = Store(self.state)
+        try:
+            yield store
+        finally:
+            store.close()
+            if (self.state / FILE).exists():
+                self.disks[COORDINATOR].committed(str(self.state / FILE))  # the last one to close tidies up, safely
+
+    def step(self, seconds: float | None = None) -> None:
+        """Let time pass: little while something is under way, more while all wait, or so many seconds at once."""
+        self.network.step(seconds or self._pace)
         for name, when in list(self._again.items()):
             if self.network.now >= when and name not in self.running:
                 del self._again[name]
