@@ -1,8 +1,4 @@
-"""What a rogue broker can make of what it has seen: forged, altered, misplaced and repeated messages.
-
-It knows every message and every public key, and has keys of its own; it has no device's and not the coordinator's private
-key, but for messages that those signed for another federation, kind or receiver (a device may take part in two).
-"""
+"""Messages that are not what was signed, or not by whom they say (rogue.py), and all that a rogue broker can make."""
 
 from __future__ import annotations
 
@@ -10,84 +6,13 @@ import base64
 import hashlib
 import hmac
 import json
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from protocol.bus import Delivery
 from protocol.envelope import decode
 from protocol.errors import WireError
-from protocol.messages import Manifest
-from protocol.signing import MAX_TOKEN, Signer, opened, signer_of
-from protocol.topics import Topics, parse
-
-HIGH = 10**9
-Make = Callable[["Rogue", Delivery], Delivery | None]
-
-
-class Ahead:
-    """Numbers far above all that was said."""
-
-    def __init__(self) -> None:
-        self._last = HIGH
-
-    def next(self) -> int:
-        """Return the next number."""
-        self._last += 1
-        return self._last
-
-
-@dataclass
-class Rogue:
-    """A broker with a memory, chance, and what it could get signed elsewhere."""
-
-    rng: random.Random
-    seen: list[Delivery]
-    signers: dict[str, Signer]  # the true ones, for messages that are true elsewhere
-    own: Signer
-    federation: str
-    clients: Sequence[str]
-
-    def other(self, name: str | None) -> str:
-        """Return another client, or a stranger."""
-        return self.rng.choice([client for client in (*self.clients, "eve") if client != name])
-
-    def token(self) -> Delivery | None:
-        """Return any signed message that was seen."""
-        tokens = [delivery for delivery in self.seen if is_token(delivery)]
-        return self.rng.choice(tokens) if tokens else None
-
-
-def is_token(delivery: Delivery) -> bool:
-    """Tell whether a message is a signed manifest."""
-    return parse(delivery.topic).kind != "blob"
-
-
-def parts_of(delivery: Delivery) -> tuple[bytes, bytes, bytes]:
-    """Return header, payload and signature, each in base64url."""
-    header, payload, signature = delivery.payload.split(b".")
-    return header, payload, signature
-
-
-def b64(data: bytes) -> bytes:
-    """Return base64url without padding."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=")
-
-
-def payload_of(delivery: Delivery) -> bytes:
-    """Return the bytes that were signed."""
-    return opened(delivery.payload, signer_of(delivery.payload))
-
-
-def manifest_of(delivery: Delivery) -> Manifest:
-    """Return the manifest."""
-    return decode(payload_of(delivery)).manifest
-
-
-def said(delivery: Delivery, payload: bytes) -> Delivery:
-    """Return other bytes on the same topic."""
-    return Delivery(delivery.topic, payload)
-
+from protocol.signing import signer_of
+from tests.faults.misplaced import elsewhere, misplaced_chunk, odd_size, repeated, signed_elsewhere, swapped_sender
+from tests.faults.rogue import Make, Rogue, b64, is_token, manifest_of, parts_of, payload_of, said
 
 # Bytes that are not what was signed.
 
@@ -205,102 +130,6 @@ def odd_header(rogue: Rogue, delivery: Delivery) -> Delivery:
         ]
     )
     return _headed(rogue, delivery, header.encode())
-
-
-# True messages in the wrong place.
-
-
-def elsewhere(rogue: Rogue, delivery: Delivery) -> Delivery | None:
-    """A true message on a topic of another client, kind, direction or federation, or on none."""
-    address, topics = parse(delivery.topic), Topics(rogue.federation)
-    kinds = [kind for kind in ("offer", "need", "status", "receipt", "adapter", "notice", "odd") if kind != address.kind]
-    other = rogue.other(address.client)
-    client = address.client or other
-    topic = rogue.rng.choice(
-        [
-            topics.from_(other, address.kind),
-            topics.to(other, address.kind),
-            topics.from_(client, rogue.rng.choice(kinds)),
-            topics.to(client, rogue.rng.choice(kinds)),
-            topics.from_("coordinator", address.kind),
-            delivery.topic.replace(rogue.federation, "other", 1),
-            delivery.topic.replace("clipcast", "Clipcast", 1),
-            delivery.topic + "/",
-            delivery.topic + "/x",
-            "/" + delivery.topic,
-            delivery.topic.replace("/", "//", 1),
-            delivery.topic + "\u200b",
-            topics.broadcast("release"),
-            topics.broadcast("classes" if address.kind != "classes" else "round"),
-        ]
-    )
-    return None if topic == delivery.topic else Delivery(topic, delivery.payload)
-
-
-def signed_elsewhere(rogue: Rogue, delivery: Delivery) -> Delivery | None:
-    """What the true sender has signed for another federation, another kind or another receiver."""
-    envelope = decode(payload_of(delivery))
-    signer = rogue.signers[envelope.sender]
-    strangers = [name for name in rogue.signers if name != envelope.sender]
-    foreign = rogue.token()
-    if foreign is None:
-        return None
-    federation, sender, manifest = rogue.rng.choice(
-        [
-            ("other", envelope.sender, envelope.manifest),
-            (rogue.federation, rogue.rng.choice(strangers), envelope.manifest),
-            (rogue.federation, envelope.sender, manifest_of(foreign)),
-        ]
-    )
-    if (federation, sender, manifest.kind) == (rogue.federation, envelope.sender, envelope.manifest.kind):
-        return None
-    return said(delivery, signer.seal(federation, sender, manifest))
-
-
-def swapped_sender(rogue: Rogue, delivery: Delivery) -> Delivery | None:
-    """Another one's true message of the same kind."""
-    address = parse(delivery.topic)
-    others = [d for d in rogue.seen if parse(d.topic).kind == address.kind and parse(d.topic).client != address.client]
-    return said(delivery, rogue.rng.choice(others).payload) if others else None
-
-
-def repeated(rogue: Rogue, delivery: Delivery) -> Delivery | None:
-    """What was said before, again. A status is a hint that has no order; what is retained may come again as it is."""
-    del delivery
-    old = [d for d in rogue.seen if is_token(d) and parse(d.topic).kind != "status"]
-    newest = {d.topic: d for d in old if parse(d.topic).kind in ("classes", "round", "adapter")}
-    old = [d for d in old if newest.get(d.topic) != d]
-    return rogue.rng.choice(old) if old else None
-
-
-def odd_size(rogue: Rogue, delivery: Delivery) -> Delivery:
-    size = rogue.rng.choice([0, 1, MAX_TOKEN, MAX_TOKEN + 1, 100_000])
-    return said(delivery, rogue.rng.choice([bytes(size), b"." * size, b"{" * size, b"e30." * (size // 4)]))
-
-
-# Chunks.
-
-
-def misplaced_chunk(rogue: Rogue, delivery: Delivery) -> Delivery | None:
-    """A true chunk as another number, of another blob, client or federation, or of another length."""
-    address, data = parse(delivery.topic), delivery.payload
-    assert address.sha256 is not None
-    base, index = delivery.topic.rsplit("/", 1)
-    other = rogue.other(address.client)
-    changed = rogue.rng.choice(
-        [
-            Delivery(f"{base}/{rogue.rng.choice([int(index) + 1, 99, 32767, 99999, 100000])}", data),
-            Delivery(f"{base}/{rogue.rng.choice(['', '-1', '+1', '01', '1.0', '٣', '１', 'x', '1e1'])}", data),  # noqa: RUF001
-            Delivery(delivery.topic, data[:-1]),
-            Delivery(delivery.topic, data + b"\0"),
-            Delivery(delivery.topic, b""),
-            Delivery(delivery.topic.replace(address.sha256, "f" * 64), data),
-            Delivery(delivery.topic.replace(address.sha256, address.sha256.upper()), data),
-            Delivery(delivery.topic.replace(rogue.federation, "other", 1), data),
-            Delivery(delivery.topic.replace(f"/{address.client}/", f"/{other}/"), data),
-        ]
-    )
-    return None if changed.topic == delivery.topic and changed.payload == data else changed
 
 
 TOKENS: tuple[Make, ...] = (

@@ -20,8 +20,9 @@ from protocol.bus import Delivery, Event
 from protocol.signing import Signer
 from protocol.topics import parse
 from tests.faults.disk import Disks
-from tests.faults.forgeries import Ahead, Rogue, forge
+from tests.faults.forgeries import forge
 from tests.faults.machines import COORDINATOR, FEDERATION, WHOLE
+from tests.faults.rogue import Ahead, Rogue
 from tests.faults.verdict import calm_outcome, problems, run_to_the_end
 from tests.faults.world import World
 
@@ -111,7 +112,7 @@ def test_no_forgery_is_accepted_and_all_are_classified(
         made += insert.made
         verdicts += insert.verdicts
         seed += 1
-    sys.stderr.write(f"the last seed was {seed - 1}\n{dict(made)}\n{dict(verdicts)}\n" + "\n".join(wrong[:60]))
+    sys.stderr.write(f"\nthe last seed was {seed - 1}\n{dict(made)}\n{dict(verdicts)}\n" + "\n".join(wrong[:60]))
     assert len(made) > 14
     accepted = [line for line in wrong if "was classified" not in line]
     score("S3", "forgeries", made.total(), "messages", ">= 4000", passed=made.total() >= wanted)
@@ -180,7 +181,7 @@ def test_a_broker_that_spoils_what_it_carries_delays_the_same_result(
             run_to_the_end(world)
             wrong += [f"seed {seed}: {problem}" for problem in problems(world, calm)]
             done += spoil.done
-    sys.stderr.write(f"the last seed was {seeds[-1]}\n{dict(done)}\n" + "\n".join(wrong[:9]))
+    sys.stderr.write(f"\nthe last seed was {seeds[-1]}\n{dict(done)}\n" + "\n".join(wrong[:9]))
     score(
         "S3",
         "messages that a broker dropped, held, repeated or spoiled",
