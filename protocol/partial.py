@@ -95,6 +95,7 @@ class FilePartial:
         self._size = size
         self._ranges = Ranges()
         self._unsynced = 0
+        self._is_named = path.exists()  # on the disk; a name of what is not synced is worth nothing
         self._end = self._scan()
 
     def has(self, offset: int, length: int) -> bool:
@@ -106,7 +107,7 @@ class FilePartial:
         is_new = not self._path.exists()
         if is_new:
             make_folder(self._path.parent)
-            self._ranges, self._end = Ranges(), 0
+            self._ranges, self._end, self._is_named = Ranges(), 0, False
         record = RECORD.pack(offset, len(data), _crc(offset, data)) + data
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -115,10 +116,11 @@ class FilePartial:
             if self._unsynced >= SYNC_BYTES:
                 os.fsync(handle)
                 self._unsynced = 0
+                if not self._is_named:
+                    sync_folder(self._path.parent)
+                    self._is_named = True
         finally:
             os.close(handle)
-        if is_new:
-            sync_folder(self._path.parent)
         self._end += len(record)
         self._ranges.add(offset, offset + len(data))
 
