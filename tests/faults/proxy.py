@@ -11,7 +11,7 @@ import random
 from tests.faults.relay import DOWN, UP, Pair, Relay
 
 READ = 4096
-LEFT = "left"
+LEFT, CUT = "left", "cut"
 
 
 class FaultProxy:
@@ -122,7 +122,8 @@ class FaultProxy:
         is_cut = self._cut_after is not None and 0 <= left < len(data)
         if is_cut:
             data = data[:left]
-            self.cuts += 1
+            self.cuts += CUT not in pair.memory  # both directions may come to it
+            pair.memory[CUT] = 1
         pair.memory[LEFT] = left - len(data) if left >= 0 else left
         self.moved[direction] += len(data)
         return data, is_cut

@@ -109,7 +109,8 @@ class Relay:
         self.pairs.add(pair)
         pumps = [asyncio.ensure_future(self._guarded(pair, direction)) for direction in (UP, DOWN)]
         try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(asyncio.CancelledError):  # closed: asyncio would complain about a cancelled connection
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.pairs.discard(pair)
             for pump in pumps:

@@ -62,7 +62,7 @@ def test_a_broker_that_keeps_dying_loses_no_update(
     zygote: Zygote, folder: Path, full: bool, score: Callable[..., None]
 ) -> None:
     rng, settings = random.Random(5), settings_for(CLIENTS)
-    kills, span = (8, (5.0, 10.0)) if full else (3, (1.5, 2.5))
+    kills, span = (8, (5.0, 10.0)) if full else (2, (1.0, 2.0))
     found: dict[str, tuple[list[dict[str, object]], int, int, int]] = {}
     for variant, lines in VARIANTS.items():
         home = folder / variant.replace(" ", "-")

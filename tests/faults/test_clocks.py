@@ -98,7 +98,7 @@ def test_rounds_complete_whatever_the_clocks_say(
 ) -> None:
     if not FAKETIME:
         pytest.skip("libfaketime is not installed: apt-get install faketime")
-    lives, rounds_a_life = (10, 10) if full else (2, 4)
+    lives, rounds_a_life = (10, 10) if full else (1, 5)
     rng, names = random.Random(10), (COORDINATOR, *CLIENTS)
     clocks = {name: folder / f"{name}.clock" for name in names}
     broker, links = certified(folder, zygote)

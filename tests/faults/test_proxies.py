@@ -157,7 +157,7 @@ def test_messages_are_lost_doubled_and_late_and_still_acknowledged(mosquitto: Ca
     client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
     got: list[int] = []
     ready = threading.Event()
-    client.on_message = lambda _client, _data, message: got.append(int(message.payload))
+    client.on_message = lambda _client, _data, message: got.append(int(message.payload)) if message.payload else None
     client.on_subscribe = lambda *_: ready.set()
     client.connect("127.0.0.1", proxy.port)
     client.loop_start()
@@ -165,7 +165,9 @@ def test_messages_are_lost_doubled_and_late_and_still_acknowledged(mosquitto: Ca
         client.subscribe("t", qos=1)
         assert ready.wait(10)
         for number in range(200):
-            client.publish("t", str(number), qos=1).wait_for_publish(10)
+            sent = client.publish("t", str(number), qos=1)
+            sent.wait_for_publish(10)
+            assert sent.is_published()
         wait_until(lambda: len(set(got)) > 100)
     finally:
         client.disconnect()
