@@ -92,6 +92,10 @@ class NotingParticipation:
         """Take in a failed training."""
         return self._part.failed(problem)
 
+    def missed(self, problem: str) -> list[Step]:
+        """Take in a training that came to nothing."""
+        return self._noted(self._part.missed(problem))
+
     def _noted(self, steps: list[Step]) -> list[Step]:
         for step in steps:
             if isinstance(step, Send):

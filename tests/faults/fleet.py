@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_client.participate import carry_out, trained
+from edge_client.participate import carry_out
 from edge_client.participation import Participation, Step, Train
 from protocol.bus import Action
 from protocol.client_end import ClientEnd
@@ -187,8 +187,8 @@ class Fleet:
         carry_out(steps, member, member.end)  # type: ignore[arg-type]
         for step in steps:
             if isinstance(step, Train):
-                result = light_result(step.ready, member.name)
-                self._follow(member, trained(member.part, member.end, result))
+                parcel = member.end.pack(light_result(step.ready, member.name), step.ready.plan)
+                self._follow(member, member.part.trained(parcel))
 
     def _note_counts(self) -> None:
         """Note how many are back: taken in, subscribed, and all that they said has arrived, their status too."""
