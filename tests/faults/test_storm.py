@@ -15,6 +15,7 @@ from tests.faults.processes import Zygote
 SAMPLED = 10
 PROCESSES = 2
 AWAY_S = 2.0
+RECOMMENDED = ("persistence false", "max_queued_messages 10000", "max_queued_bytes 8388608")  # `clipcast broker config`
 SETTINGS = {
     "federation": "storm",
     "classes": ["cat", "dog"],
@@ -50,7 +51,7 @@ def test_thousands_of_clients_come_back_after_the_broker_died(
     zygote: Zygote, folder: Path, full: bool, score: Callable[..., None]
 ) -> None:
     size = 5000 if full else 300
-    broker = Mosquitto(zygote, folder / BROKER)
+    broker = Mosquitto(zygote, folder / BROKER, RECOMMENDED)
     with Cast(zygote, folder, SETTINGS, broker, ()) as cast:
         cast.begin()
         cast.fleet([f"client-{number:04}" for number in range(size)], PROCESSES)
