@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from protocol.buckets import bucket, bucketed
 from protocol.codec import encode_update, reference
 from protocol.errors import WireError
 from protocol.messages import Offer, TrainingResult
@@ -25,8 +26,11 @@ class Parcel:
 
 
 def pack(result: TrainingResult, run: str | None = None, seal: Callable[[bytes], bytes] | None = None) -> Parcel:
-    """Pack a result of a run, sealed by `seal`; raises WireError if it is not finite, as after a training that diverged."""
-    blob = encode_update(result.update)
+    """Pack a result of a run, its counts in buckets, sealed by `seal`.
+
+    Raises WireError if it is not finite, as after a training that diverged.
+    """
+    blob = encode_update(bucketed(result.update))
     blob = blob if seal is None else seal(blob)
     try:
         offer = Offer(
@@ -34,7 +38,7 @@ def pack(result: TrainingResult, run: str | None = None, seal: Callable[[bytes],
             round=result.round,
             base=result.base,
             blob=reference(blob),
-            samples=result.samples,
+            samples=bucket(result.samples),
             loss=result.loss,
             accuracy=result.accuracy,
             train_seconds=result.train_seconds,

@@ -1,0 +1,28 @@
+"""Counts in buckets: how many pictures a device has is told to 4 significant bits, so that it identifies less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from protocol.messages import Update
+
+BITS = 4
+
+
+def bucket(count: int) -> int:
+    """Return the count rounded down to 4 significant bits: exact below 16, at most an eighth less above."""
+    shift = max(0, count.bit_length() - BITS)
+    return count >> shift << shift
+
+
+def most(value: int) -> int:
+    """Return the largest count of the bucket `value`."""
+    return value + (1 << max(0, value.bit_length() - BITS)) - 1
+
+
+def bucketed(update: Update) -> Update:
+    """Return an update whose prototypes tell their counts in buckets, and no more correct ones than that."""
+    counts = np.array([bucket(int(count)) for count in update.prototype_counts], np.int32)
+    return replace(update, prototype_counts=counts, prototype_correct=np.minimum(update.prototype_correct, counts))
