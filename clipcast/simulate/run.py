@@ -83,11 +83,13 @@ class Bench:
                     rounds.append(self._judge_round(record, recipe, store))
                     yield text
                 known = store.knowledge()
+                assert known is not None
+                # While the folder is there: own adapters are read from it.
+                row = self._row(text, seed, names, shares, rounds, known, recipe.training(self.depth))
             finally:
                 engine.close()
                 store.close()
-        assert known is not None
-        yield self._row(text, seed, names, shares, rounds, known, recipe.training(self.depth))
+        yield row
 
     def _federate(
         self, recipe: FederationRecipe, seed: int, names: Sequence[str], engine: Engine, store: Store
