@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from clip_lora.algebra import Adapter, delta, layers
+from clip_lora.algebra import A, Adapter, delta, layers
 from clip_lora.errors import ModelError
 from clip_lora.shapes import LoraShape, Sizes, adapter_shapes, check_shapes
 
-__all__ = ["PeftModel", "adapter_state", "attach", "load_adapter", "merge", "trained_names"]
+__all__ = ["PeftModel", "adapter_state", "attach", "freeze_factors", "load_adapter", "merge", "trained_names"]
 
 PEFT_PREFIX = "base_model.model."
 
@@ -34,6 +34,12 @@ def adapter_state(model: PeftModel) -> Adapter:
 def trained_names(model: PeftModel) -> list[str]:
     """Return the names of the factors that training may change, sorted: those that require gradients."""
     return [name for name, parameter in _factors(model).items() if parameter.requires_grad]
+
+
+def freeze_factors(model: PeftModel, *, a: bool) -> None:
+    """Train B alone if `a`, both factors otherwise (FFA-LoRA, arXiv 2403.12313: A stays as it is initialised)."""
+    for name, parameter in _factors(model).items():
+        parameter.requires_grad_(not (a and name.endswith(A)))
 
 
 def load_adapter(model: PeftModel, adapter: Adapter) -> None:

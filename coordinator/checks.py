@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clip_lora.algebra import A
+from protocol.buckets import bucket, most
 from protocol.codec import largest_update
-from protocol.messages import Offer, RoundPlan, Update, Verdict
+from protocol.messages import Adapter, Offer, RoundPlan, Update, Verdict
 from protocol.sealing import SEALING_BYTES
 
 ACCEPTED = Verdict(accepted=True)
@@ -17,10 +19,11 @@ UNIT_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Start:
-    """What a client starts a round from: the hash of its adapter, and the factors' shapes."""
+    """What a client starts a round from: the hash of its adapter, the factors' shapes, and the adapter if A is frozen."""
 
     base: str
     shapes: dict[str, tuple[int, int]]
+    frozen: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,36 @@ def check_offer(client: str, offer: Offer, expected: Expectation | None, counted
         return rejected(
             "wrong-base", f"trained from adapter {offer.base[:12]}, the round began with {start.base[:12]} for this client"
         )
+    if offer.samples != bucket(offer.samples):
+        return rejected("bad-counts", f"{offer.samples} samples: counts are told to 4 significant bits")
     if client in counted:
         return rejected("already-counted", "another update of this client was accepted in this round")
-    most = expected.most_bytes(client)
-    if offer.blob.size > most:
-        return rejected("too-large", f"{offer.blob.size} bytes, an update of this round has at most {most}")
+    largest = expected.most_bytes(client)
+    if offer.blob.size > largest:
+        return rejected("too-large", f"{offer.blob.size} bytes, an update of this round has at most {largest}")
     return ACCEPTED
 
 
 def check_update(client: str, update: Update, expected: Expectation) -> Verdict:
     """Check the arrays: names, shapes, finite values, and that prototypes and features are what they claim to be."""
-    shapes = expected.starts[client].shapes
-    return _check_adapter(update, shapes) or _check_features(update, expected) or ACCEPTED
+    start = expected.starts[client]
+    return (
+        _check_adapter(update, start.shapes)
+        or _check_frozen(update, start.frozen)
+        or _check_features(update, expected)
+        or ACCEPTED
+    )
+
+
+def check_counts(offer: Offer, update: Update) -> Verdict:
+    """Check that prototypes' counts are in buckets (protocol/buckets.py), and no more in all than samples were told."""
+    counts = [int(count) for count in update.prototype_counts]
+    odd = [count for count in counts if count != bucket(count)]
+    if odd:
+        return rejected("bad-counts", f"a prototype of {odd[0]} samples: counts are told to 4 significant bits")
+    if sum(counts) > most(offer.samples):
+        return rejected("bad-counts", f"prototypes of {sum(counts)} samples, the offer told {offer.samples}")
+    return ACCEPTED
 
 
 def _check_adapter(update: Update, shapes: dict[str, tuple[int, int]]) -> Verdict | None:
@@ -90,6 +111,13 @@ def _check_adapter(update: Update, shapes: dict[str, tuple[int, int]]) -> Verdic
     for name, factor in update.adapter.items():
         if not np.all(np.isfinite(factor)):
             return rejected("not-finite", f"{name} holds NaN or infinity")
+    return None
+
+
+def _check_frozen(update: Update, start: Adapter | None) -> Verdict | None:
+    for name, factor in (start or {}).items():
+        if name.endswith(A) and not np.array_equal(update.adapter[name], factor.astype(np.float16)):
+            return rejected("frozen-factor-changed", f"{name} is not what the round started from")
     return None
 
 

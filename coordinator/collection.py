@@ -7,7 +7,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from coordinator.aggregate import Contribution
-from coordinator.checks import Expectation, Late, check_offer, check_update, rejected
+from coordinator.checks import Expectation, Late, check_counts, check_offer, check_update, rejected
+from coordinator.judgement import Yardstick, too_large
 from protocol.events import ClientSeen, CoordinatorEvent, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
 from protocol.messages import Offer, RoundPlan, Status, Update, Verdict
 
@@ -39,9 +40,11 @@ def refuse_all(event: CoordinatorEvent, oldest: int) -> Answer | None:
 class Collection:
     """Collects a round's updates until `quorum` are accepted or the deadline has passed.
 
-    `accepted` and `refused` are what the round had before a restart. `late` says which earlier rounds' updates may still
-    come, and `came_late` which of them had come before a restart. They count towards no quorum, and only while their
-    client has no update of this round.
+    `accepted` and `refused` are what the round had before a restart. With a `yardstick`, those of the accepted updates that
+    are too large are set aside: they do not count. That is judged anew, from all of them, whenever one is accepted.
+
+    `late` says which earlier rounds' updates may still come, and `came_late` which of them had come before a restart. They
+    count towards no quorum, and only while their client has no update of this round.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Collection:
         now: float,
         accepted: Mapping[str, Contribution] | None = None,
         refused: Sequence[Answer] = (),
+        yardstick: Yardstick | None = None,
         late: Mapping[int, Late] | None = None,
         came_late: Mapping[str, Contribution] | None = None,
     ) -> None:
@@ -62,6 +66,10 @@ class Collection:
         self._came_late = dict(came_late or {})
         self._failed: set[str] = set()
         self.refused = list(refused)
+        self._yardstick = yardstick
+        self._sizes = {client: self._size(contribution.update) for client, contribution in self._accepted.items()}
+        self._set_aside: dict[str, Verdict] = {}
+        self._judge()
 
     @property
     def plan(self) -> RoundPlan:
@@ -70,18 +78,30 @@ class Collection:
 
     @property
     def accepted(self) -> Mapping[str, Contribution]:
-        """The accepted updates by client."""
+        """The accepted updates by client, those that are set aside included."""
         return self._accepted
 
     @property
     def contributions(self) -> Mapping[str, Contribution]:
-        """What the round is made of: the accepted updates, and those of an earlier round of who sent no other."""
-        return {**self._came_late, **self._accepted}
+        """What the round is made of: what counts, and of who sent nothing else, what came late and is not too large."""
+        late = {client: part for client, part in self._came_late.items() if client not in self._accepted}
+        over = self._too_large({**self._sizes, **{client: self._size(part.update) for client, part in late.items()}})
+        return {**{client: part for client, part in late.items() if client not in over}, **self.counted}
+
+    @property
+    def counted(self) -> Mapping[str, Contribution]:
+        """The accepted updates that count towards the quorum."""
+        return {client: part for client, part in self._accepted.items() if client not in self._set_aside}
+
+    @property
+    def set_aside(self) -> Mapping[str, Verdict]:
+        """Who was told "accepted" and does not count, by client, and why: as the round stands now."""
+        return self._set_aside
 
     @property
     def has_quorum(self) -> bool:
-        """Whether enough updates were accepted."""
-        return len(self._accepted) >= self._quorum
+        """Whether enough updates count."""
+        return len(self.counted) >= self._quorum
 
     @property
     def silent(self) -> list[str]:
@@ -94,7 +114,9 @@ class Collection:
         A client whose update was refused, or that says that it has failed, sends no other in the round: it counts no more.
         """
         out = self._failed | {answer.client for answer in self.refused if answer.offer.round == self.plan.round}
-        hopeless = len(set(self.plan.participants) - (out - self._accepted.keys())) < self._quorum
+        awaited = set(self.plan.participants) - out - self._accepted.keys()
+        # Whoever is awaited may also move the median, so that who is set aside now counts then.
+        hopeless = not awaited or len(awaited | self._accepted.keys()) < self._quorum
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
 
     def rest(self, answer: Answer, update: Update) -> None:
@@ -108,6 +130,9 @@ class Collection:
         for kept in (self._accepted, self._came_late):
             if answer.client in kept and kept[answer.client].offer == answer.offer:
                 del kept[answer.client]
+        if answer.client not in self._accepted:
+            self._sizes.pop(answer.client, None)
+        self._judge()
         self.refused = [other for other in self.refused if other is not answer]
 
     def give_up(self, client: str) -> None:
@@ -122,13 +147,7 @@ class Collection:
                 verdict = check_offer(client, offer, expected, counted)
                 return Wanted(client, offer) if verdict.accepted else self._answer(Answer(client, offer, verdict))
             case UpdateArrived(client=client, offer=offer, update=update):
-                expected, counted = self._against(offer)
-                verdict = check_offer(client, offer, expected, counted)
-                if verdict.accepted:
-                    verdict = check_update(client, update, expected)
-                if verdict.accepted:
-                    self._count(client, offer, update)
-                return self._answer(Answer(client, offer, verdict))
+                return self._answer(Answer(client, offer, self._count(client, offer, update)))
             case UpdateUnreadable(client=client, offer=offer, problem=problem, reason=reason):
                 return self._answer(Answer(client, offer, rejected(reason, problem)))
             case OfferTooLarge(client=client, offer=offer, problem=problem):
@@ -151,12 +170,34 @@ class Collection:
         came = {client for client, c in self._came_late.items() if c.offer.round == offer.round}
         return late.expected, came | set(late.counted)
 
-    def _count(self, client: str, offer: Offer, update: Update) -> None:
+    def _count(self, client: str, offer: Offer, update: Update) -> Verdict:
+        expected, counted = self._against(offer)
+        verdict = check_offer(client, offer, expected, counted)
+        if verdict.accepted:
+            verdict = check_update(client, update, expected)
+        if verdict.accepted:
+            verdict = check_counts(offer, update)
+        if verdict.accepted:
+            self._accept(client, offer, update)
+        return verdict
+
+    def _accept(self, client: str, offer: Offer, update: Update) -> None:
         late = self._late.get(offer.round)
         if late is None:
             self._accepted[client] = Contribution(offer, update)
+            self._sizes[client] = self._size(update)
+            self._judge()
         elif client not in self._came_late or self._came_late[client].offer.round < offer.round:
             self._came_late[client] = Contribution(offer, update, late.discount)
+
+    def _size(self, update: Update) -> tuple[float, ...]:
+        return () if self._yardstick is None else self._yardstick.sizes(update.adapter)
+
+    def _too_large(self, sizes: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        return {} if self._yardstick is None else self._yardstick.excess(sizes)
+
+    def _judge(self) -> None:
+        self._set_aside = {client: too_large(ratios) for client, ratios in self._too_large(self._sizes).items()}
 
     def _answer(self, answer: Answer) -> Answer:
         # What a client wrote may be in the detail: printable and short, as it goes into logs and records.

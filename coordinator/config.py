@@ -34,7 +34,9 @@ state = "state"                       # adapters and the journal of every round;
 # What is trained, and how. Without further keys the recipe is as published in docs/method.md; every key overrides it alone.
 [recipe]
 name = "fedalign"                     # fedalign, fedlora, local, zero-shot or feddtl
-# aggregation = "mean_of_factors"     # "mean_of_products" averages B A exactly and lets devices differ in rank; or "none"
+# aggregation = "mean_of_factors"     # "mean_of_products" averages B A exactly and lets devices differ in rank; or "none".
+                                      # Against malicious devices: "multi_krum"; "median", "trimmed_mean" with freeze_a
+# freeze_a = false                    # true trains B alone and keeps A as it was initialised
 rank = 4
 alpha = 8.0
 projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -71,6 +73,12 @@ batch_size = 16
 # clusters = 0                        # for fleets: attend to so many cluster means instead of to every client
 # closing_steps = 10                  # a last round in which each client takes so many steps from its own adapter
 # ex_query = true                     # one more query over their results
+
+# [recipe.defence]                    # against devices that lie; limits are multiples of the round's median, inf is none
+# norm_limit = 4.0                    # larger adapters do not count
+# over_limit = "reject"               # "clip" scales them down instead
+# sample_cap = 4.0                    # more samples weigh no more
+# malicious_share = 0.2               # so many of the clients trimmed_mean and multi_krum are prepared for
 
 [broker]
 url = "{broker}"                      # mqtts:// for TLS

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from clip_lora.algebra import rank_of
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import Choice, Contribution, aggregate, choose
+from coordinator.judgement import Yardstick, defended
 from coordinator.model import LocalModel, Model
 from coordinator.on_demand import OnDemand, each
 from coordinator.personal import Attention, at_rank, below, personalise
@@ -16,6 +18,8 @@ from coordinator.recipe import FederationRecipe
 from coordinator.text_samples import TextLoss, TextSamples
 from protocol.codec import decode_adapter, encode_adapter
 from protocol.messages import Adapter, TextBank
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,17 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a round's learning went: None for what the recipe leaves out. `renewed` names whose own adapters are new."""
+    """How a round's learning went: None for what the recipe leaves out.
+
+    `renewed` names whose own adapters are new, `clipped` whose updates were scaled down.
+    """
 
     text: TextLoss | None
     attention: Attention | None
     class_accuracy: dict[str, float]
     renewed: tuple[str, ...] = ()
+    choice: Choice | None = None
+    clipped: tuple[str, ...] = ()
 
 
 class Learner:
@@ -60,10 +69,16 @@ class Learner:
 
         What came late counts in the average alone: its features and prototypes are those of an adapter that is gone.
         """
-        recipe, everything = self._recipe, contributions
-        contributions = {client: c for client, c in everything.items() if c.discount == 1.0}
+        recipe = self._recipe
+        everything, clipped = self._defended(contributions)
+        contributions = {client: part for client, part in everything.items() if part.discount == 1.0}
         bank, text, loss = self._train_text(contributions, known)
-        common = stored(aggregate(everything, recipe.aggregation, recipe.rank, known.adapter))
+        malicious = recipe.defence.malicious(len(everything))
+        choice = choose(everything, recipe.aggregation, malicious)
+        if choice.note:
+            log.warning("%s", choice.note)
+        chosen = {client: part for client, part in everything.items() if client not in choice.left_out}
+        common = stored(aggregate(chosen, choice.method, recipe.rank, known.adapter, malicious))
         renewed: Mapping[str, Adapter] = {}
         attention = None
         if recipe.personal.query != "none":
@@ -71,23 +86,30 @@ class Learner:
             # Below the cut everybody has the global adapter, and that is new for the absent too.
             absent = self._cut(known.own, common) if recipe.personal.cut else {}
             renewed = _first_of(personal, absent)
-        lesson = Lesson(loss, attention, class_accuracy(contributions, bank), tuple(sorted(renewed)))
+        lesson = Lesson(loss, attention, class_accuracy(contributions, bank), tuple(sorted(renewed)), choice, clipped)
         return Knowledge(bank, common, text, _with(renewed, known.own)), lesson
 
     def align(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Train the text side alone, on features as the final global adapter sees them."""
+        contributions, _ = self._defended(contributions)
         bank, text, loss = self._train_text(contributions, known)
         return replace(known, bank=bank, text=text), Lesson(loss, None, class_accuracy(contributions, bank))
 
     def close(self, contributions: Mapping[str, Contribution], known: Knowledge) -> tuple[Knowledge, Lesson]:
         """Take what the closing round's clients trained, or a query makes of it, as their own adapters; all else stays."""
+        contributions, clipped = self._defended(contributions)
         trained = OnDemand(contributions, each(lambda client: contributions[client].update.adapter))
         own, attention = self._cut(trained, known.adapter), None
         if self._recipe.personal.query != "none" and self._recipe.personal.ex_query:
             personal, attention = personalise(contributions, self._recipe, known.bank.embeddings, known.adapter)
             own = _first_of(personal, own)
-        lesson = Lesson(None, attention, class_accuracy(contributions, known.bank), tuple(own))
+        lesson = Lesson(None, attention, class_accuracy(contributions, known.bank), tuple(own), None, clipped)
         return replace(known, own=_with(own, known.own)), lesson
+
+    def _defended(self, contributions: Mapping[str, Contribution]) -> tuple[Mapping[str, Contribution], tuple[str, ...]]:
+        """Return the contributions as they may count, and whose were scaled down."""
+        counted, clipped = defended(contributions, self._recipe.defence, Yardstick.of(self._recipe))
+        return counted, tuple(clipped)
 
     def _cut(self, own: Mapping[str, Adapter], common: Adapter) -> Mapping[str, Adapter]:
         """Return clients' adapters with the global one in the blocks below the cut (docs/method.md, step 1)."""

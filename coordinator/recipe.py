@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clip_lora.errors import ModelError
+from coordinator.defence import Defence
 from protocol.messages import Projection, Recipe
 
-Aggregation = Literal["mean_of_factors", "mean_of_products", "none"]
+Aggregation = Literal["mean_of_factors", "mean_of_products", "median", "trimmed_mean", "multi_krum", "none"]
 Query = Literal["none", "R1", "R2", "R3", "identity"]
 RecipeName = Literal["fedalign", "fedlora", "local", "zero-shot", "feddtl"]
 
@@ -95,6 +96,25 @@ class FederationRecipe(Recipe):
     late_discount: Annotated[float, Field(gt=0, lt=1)] = 0.5
     text: TextTraining = TextTraining()
     personal: Personalisation = Personalisation()
+    defence: Defence = Defence()
+
+    @model_validator(mode="after")
+    def _a_fits_the_aggregation(self) -> FederationRecipe:
+        if self.aggregation in ("median", "trimmed_mean") and not self.freeze_a:
+            raise ValueError(
+                f"aggregation {self.aggregation} needs freeze_a = true: (c B, A / c) is the same adapter for every c, so "
+                f"that single numbers of A and B can only be compared if all clients have the same A"
+            )
+        if self.aggregation == "mean_of_products" and self.freeze_a:
+            raise ValueError(
+                "aggregation mean_of_products makes a new A, freeze_a keeps it: choose mean_of_factors, which is exact then"
+            )
+        return self
+
+    @property
+    def mixes_ranks(self) -> bool:
+        """Return whether devices may differ in rank: factors can be averaged at one rank only."""
+        return self.aggregation in ("mean_of_products", "none")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from coordinator.aggregate import Choice
 from coordinator.personal import Attention
 from coordinator.text_samples import TextLoss
 
@@ -54,6 +55,24 @@ class AttentionRecord(BaseModel):
         )
 
 
+class AggregationRecord(BaseModel):
+    """How the global adapter was made: the method used, whom it left out, whose adapters were scaled down, and why if other.
+
+    `note` is empty unless another method was used than the recipe's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    method: str
+    left_out: list[str]
+    clipped: list[str]
+    note: str
+
+    @classmethod
+    def of(cls, choice: Choice, clipped: Sequence[str]) -> AggregationRecord:
+        """Return how a round was averaged."""
+        return cls(method=choice.method, left_out=list(choice.left_out), clipped=list(clipped), note=choice.note)
+
+
 class RoundRecord(BaseModel):
     """What happened in a round. Bytes are payload bytes by client; loss and accuracy are the clients' own, weighted.
 
@@ -83,6 +102,7 @@ class RoundRecord(BaseModel):
     attention: AttentionRecord | None = None
     class_accuracy: dict[str, float] = {}
     epsilon: dict[str, float] = {}
+    aggregation: AggregationRecord | None = None
 
 
 def mean_told(told: Iterable[tuple[float | None, int]]) -> float | None:

@@ -17,10 +17,11 @@ from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.devices import Devices
 from coordinator.errors import FederationError, NotKeptError
+from coordinator.judgement import Yardstick
 from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
 from coordinator.model import LocalModel, Model
 from coordinator.on_demand import OnDemand, each
-from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord, mean_told
+from coordinator.records import AggregationRecord, AttentionRecord, Identity, Refusal, RoundRecord, TextRecord, mean_told
 from coordinator.store import Opened, Store
 from protocol.codec import encode_adapter, sha256
 from protocol.coordinator_end import CoordinatorEnd
@@ -208,8 +209,11 @@ class Federation:
             for client, offer, update in opened.came_late
             if offer.round in late
         }
-        begun = self._clock()
-        return started, Collection(expected, self._config.quorum, begun, opened.accepted, opened.refused, late, came_late)
+        recipe, begun = self._config.recipe, self._clock()
+        yardstick = Yardstick.of(recipe) if recipe.defence.over_limit == "reject" else None
+        had = (opened.accepted, opened.refused, yardstick, late, came_late)
+        with self._store.intact():
+            return started, Collection(expected, self._config.quorum, begun, *had)
 
     def _late(self, number: int, expected: Expectation) -> dict[int, Late]:
         """Return what updates of earlier rounds are held to that may still come in this one."""
@@ -267,19 +271,24 @@ class Federation:
         """Decide what each participant starts from, and announce it where it is not the global adapter for all."""
         shapes = self._shapes(ranks)
         if not from_own and set(ranks.values()) <= {self._training.rank}:
-            return False, {client: Start(common, shapes[rank]) for client, rank in ranks.items()}
+            frozen = known.adapter if self._training.freeze_a else None
+            return False, {client: Start(common, shapes[rank], frozen) for client, rank in ranks.items()}
         if not from_own:
             known = replace(known, own={})
         starting = OnDemand(ranks, each(lambda client: known.start_of(client, ranks[client])))
         with self._store.intact():
             own = self._end.serve_client_adapters(self._run, number, starting)
         self._link.do(self._end.publish_client_adapters(own))
-        return True, {client: Start(own[client].adapter.sha256, shapes[rank]) for client, rank in ranks.items()}
+        starts = {
+            client: Start(own[client].adapter.sha256, shapes[rank], starting[client] if self._training.freeze_a else None)
+            for client, rank in ranks.items()
+        }
+        return True, starts
 
     def _rank(self, client: str) -> int:
         """Return the rank that a client trains: factors can be averaged at one rank only, products at any."""
         limit, rank = self._online[client].max_rank, self._training.rank
-        return rank if limit is None or self._config.recipe.aggregation == "mean_of_factors" else min(rank, limit)
+        return min(rank, limit) if limit is not None and self._config.recipe.mixes_ranks else rank
 
     def _collect(self, collection: Collection) -> None:
         """Take updates until quorum or deadline."""
@@ -361,7 +370,7 @@ class Federation:
 
     def _record(self, collection: Collection, lesson: Lesson, known: Knowledge, seconds: float) -> RoundRecord:
         """Sum up the round."""
-        offers = {client: c.offer for client, c in sorted(collection.accepted.items())}
+        offers = {client: c.offer for client, c in sorted(collection.counted.items())}
         samples = sum(offer.samples for offer in offers.values())
         bytes_up, self._end.bytes_up = dict(sorted(self._end.bytes_up.items())), type(self._end.bytes_up)()
         text, attention = lesson.text, lesson.attention
@@ -371,7 +380,11 @@ class Federation:
             outcome="aggregated" if collection.has_quorum else "quorum-missed",
             accepted=list(offers),
             rejected=[
-                Refusal(client=a.client, reason=a.verdict.reason, detail=a.verdict.detail) for a in collection.refused
+                Refusal(client=client, reason=verdict.reason, detail=verdict.detail)
+                for client, verdict in [
+                    *((answer.client, answer.verdict) for answer in collection.refused),
+                    *collection.set_aside.items(),
+                ]
             ],
             silent=collection.silent,
             late={client: c.offer.round for client, c in collection.contributions.items() if c.discount < 1.0},
@@ -388,4 +401,5 @@ class Federation:
             attention=attention and AttentionRecord.of(attention),
             class_accuracy=lesson.class_accuracy,
             epsilon={client: offer.epsilon for client, offer in offers.items() if offer.epsilon is not None},
+            aggregation=lesson.choice and AggregationRecord.of(lesson.choice, lesson.clipped),
         )

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from clip_lora.algebra import rank_of
-from clip_lora.lora import adapter_state, load_adapter
+from clip_lora.lora import adapter_state, freeze_factors, load_adapter
 from clip_lora.preprocess import Preprocessing
 from clip_lora.towers import ModelFacts, model_facts
 from edge_client.budget import Budget
@@ -150,6 +150,7 @@ def local_steps(
 
     If `checkpoint` is of `work`, it goes on from there, to the same bits as without a break.
     """
+    freeze_factors(encoder.model, a=recipe.freeze_a)
     parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     targets = torch.from_numpy(bank.embeddings).to(encoder.device)

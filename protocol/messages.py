@@ -97,6 +97,7 @@ class Recipe(BaseModel):
     late_rounds: Annotated[int, Field(ge=0, le=100)] = 0
     min_prototype_count: Annotated[int, Field(ge=1, le=1_000_000)] = 5
     privacy: Privacy | None = None
+    freeze_a: bool = False
 
     def at_rank(self, rank: int) -> Recipe:
         """Return the recipe for a device of another rank: alpha / rank stays, so that B A means the same everywhere."""

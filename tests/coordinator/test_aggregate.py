@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import Choice, Contribution, aggregate, choose
 
 SAMPLES = {"bob": 30, "ann": 10, "cid": 60}
 CURRENT = {"layer.0.lora_A": np.full((2, 6), 1e3, np.float32)}  # the round's own start, of which a mean holds no trace
@@ -83,3 +83,35 @@ def test_the_mean_of_products_takes_clients_of_different_ranks(contributions, ma
         )
         product = mean[layer + ".lora_B"].astype(float) @ mean[layer + ".lora_A"]
         np.testing.assert_allclose(product, full, atol=1e-5)
+
+
+@pytest.fixture
+def seven(make_update, make_offer):
+    """Seven clients that are alike but for the second, which is far away and says most."""
+    updates = {f"client-{k}": make_update(0) for k in range(7)}
+    updates["client-1"] = make_update(1, adapter={name: 30 * a for name, a in make_update(1).adapter.items()})
+    samples = {client: 60 if client == "client-1" else 6 for client in updates}
+    return {client: Contribution(make_offer(u, samples=samples[client]), u) for client, u in updates.items()}
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed_mean"])
+def test_robust_averages_do_not_ask_how_many_samples_a_client_says_it_has(seven, method):
+    mean = aggregate(seven, method, 2, CURRENT, malicious=1)
+    for name, factor in mean.items():
+        np.testing.assert_allclose(factor, seven["client-0"].update.adapter[name], rtol=1e-6)
+
+
+def test_multi_krum_leaves_out_the_farthest_and_the_others_are_averaged_by_samples(seven):
+    assert choose(seven, "multi_krum", 1) == Choice("mean_of_factors", ("client-1",))
+    assert choose(dict(reversed(seven.items())), "multi_krum", 1) == Choice("mean_of_factors", ("client-1",))
+
+
+def test_multi_krum_with_too_few_updates_says_so_and_takes_the_mean_of_all(seven):
+    choice = choose(seven, "multi_krum", 3)
+    assert (choice.method, choice.left_out) == ("mean_of_factors", ())
+    assert choice.note == "multi_krum against 3 needs 9 updates, here are 7: mean of all"
+
+
+@pytest.mark.parametrize("method", ["mean_of_factors", "mean_of_products", "median", "trimmed_mean", "none"])
+def test_every_other_method_takes_all(seven, method):
+    assert choose(seven, method, 1) == Choice(method)

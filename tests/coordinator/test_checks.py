@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 import pytest
 
-from coordinator.checks import Expectation, Start, check_offer, check_update
+from coordinator.checks import Expectation, Start, check_counts, check_offer, check_update
 from protocol.codec import decode_update, encode_update
 
 
@@ -192,7 +192,7 @@ def test_how_many_are_correct_may_be_left_out(make_update, expected):
 @pytest.mark.parametrize(("smallest", "reason"), [(4, "bad-counts"), (5, "accepted"), (6, "accepted")])
 def test_a_prototype_of_fewer_samples_than_the_plan_allows_is_refused(make_update, expected, smallest, reason):
     strict = expected.plan.recipe.model_copy(update={"min_prototype_count": 5})
-    plan = replace(expected, plan=expected.plan.model_copy(update={"recipe": strict}))
+    plan = dataclasses.replace(expected, plan=expected.plan.model_copy(update={"recipe": strict}))
     verdict = check_update("ann", make_update(prototype_counts=np.array([9, smallest], np.int32)), plan)
     assert verdict.reason == reason
     assert verdict.accepted or "at least 5" in verdict.detail
@@ -234,3 +234,51 @@ def test_each_client_is_held_to_its_own_base(make_update, make_offer, mixed):
 
 def test_an_uninvited_client_is_told_so_whatever_it_trained_from(make_update, make_offer, mixed):
     assert check_offer("eve", make_offer(make_update(), base="e" * 64), mixed, {"eve"}).reason == "not-invited"
+
+
+@pytest.mark.parametrize(
+    ("samples", "accepted"), [(6, True), (15, True), (16, True), (17, False), (1000, False), (960, True)]
+)
+def test_samples_are_told_in_buckets(make_update, make_offer, expected, samples, accepted):
+    verdict = check_offer("bob", make_offer(make_update(), samples=samples), expected, ())
+    assert (verdict.accepted, verdict.reason) == (accepted, "accepted" if accepted else "bad-counts")
+
+
+@pytest.mark.parametrize(
+    ("counts", "samples", "accepted"),
+    [
+        ([5, 1], 6, True),
+        ([5, 2], 6, False),
+        ([16, 16], 32, True),
+        ([18, 17], 36, False),  # 17 is no bucket
+        ([18, 15], 32, True),  # 33 samples are told as 32
+        ([18, 18], 32, False),
+        ([2**30, 2**30], 2**31, True),  # beyond 32 bits
+        ([2**30, 2**30], 2**30, False),
+        ([1, 1], 2**31, True),  # classes too small to be told
+    ],
+)
+def test_prototypes_cannot_be_of_more_samples_than_the_offer_told(make_update, make_offer, counts, samples, accepted):
+    update = make_update(prototype_counts=np.array(counts, np.int32), prototype_correct=np.array([0, 0], np.int32))
+    verdict = check_counts(make_offer(update, samples=samples), update)
+    assert (verdict.accepted, verdict.reason) == (accepted, "accepted" if accepted else "bad-counts")
+
+
+def test_without_prototypes_any_number_of_samples_will_do(make_update, make_offer):
+    none = {"prototypes": np.zeros((0, 8), np.float32)}
+    none |= {f"prototype_{name}": np.zeros(0, np.int32) for name in ("classes", "counts", "correct")}
+    update = make_update(**none)
+    assert check_counts(make_offer(update, samples=60), update).accepted
+
+
+def test_a_frozen_a_comes_back_as_it_was(make_update, expected):
+    start = make_update(1).adapter
+    frozen = dataclasses.replace(expected, starts={"ann": Start("0" * 64, expected.starts["ann"].shapes, start)})
+    same = {name: (start if name.endswith("A") else make_update(2).adapter)[name] for name in start}
+    as_it_travels = decode_update(encode_update(make_update(2, adapter=same)))
+    assert check_update("ann", as_it_travels, frozen).accepted
+    changed = dict(as_it_travels.adapter)
+    changed["layer.1.lora_A"] = np.nextafter(changed["layer.1.lora_A"].astype(np.float16), np.float16(9)).astype(np.float32)
+    verdict = check_update("ann", dataclasses.replace(as_it_travels, adapter=changed), frozen)
+    assert (verdict.reason, "layer.1.lora_A" in verdict.detail) == ("frozen-factor-changed", True)
+    assert check_update("ann", dataclasses.replace(as_it_travels, adapter=changed), expected).accepted

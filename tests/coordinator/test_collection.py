@@ -28,7 +28,7 @@ def arrival(make_update, make_offer):
     def make(client, *, bad=False, **fields):
         seed = CLIENTS.index(client) if client in CLIENTS else 99
         update = make_update(seed)
-        offer = make_offer(update, samples=10 * seed + 7, **fields)
+        offer = make_offer(update, samples=10 * seed + 6, **fields)
         if bad:
             adapter = {name: np.full_like(array, np.nan) for name, array in update.adapter.items()}
             update = make_update(seed, adapter=adapter)

@@ -37,7 +37,7 @@ def test_the_commented_lines_of_the_recipe_are_settings_that_load_and_the_defaul
     settings = [line.removeprefix("# ") for line in lines[start:end]]
     private = next(number for number, line in enumerate(settings) if line.startswith("[recipe.privacy]"))
     privacy = settings[private : settings.index("", private)]
-    assert sum(line.startswith("[recipe") for line in settings) == 4
+    assert sum(line.startswith("[recipe") for line in settings) == 5
     assert len(settings) > 20
     plain = [*settings[:private], *settings[private + len(privacy) :]]
     assert load(write("\n".join([*lines[:start], *plain, *lines[end:]]))).recipe == FederationRecipe(name="fedalign")
@@ -84,7 +84,7 @@ BAD = {
     "no-templates": (MINIMAL + "templates = []\n", "templates"),
     "unknown-key": (MINIMAL + "round = 5\n", "unknown key 'round'"),
     "unknown-key-in-the-recipe": (MINIMAL + "[recipe]\nlr = 0.1\n", "unknown key 'recipe.lr'"),
-    "unknown-aggregation": (MINIMAL + '[recipe]\naggregation = "median"\n', "recipe.aggregation"),
+    "unknown-aggregation": (MINIMAL + '[recipe]\naggregation = "mode"\n', "recipe.aggregation"),
     "aggregation-outside-the-recipe": (MINIMAL + 'aggregation = "none"\n', "unknown key 'aggregation'"),
     "unknown-recipe": (MINIMAL + 'recipe = "fedmagic"\n', "no recipe 'fedmagic': choose one of fedalign, fedlora"),
     "unknown-projection": (MINIMAL + '[recipe]\nprojections = ["fc1"]\n', "recipe.projections"),

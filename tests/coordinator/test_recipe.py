@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from clip_lora.errors import ModelError
 from coordinator.config import load
+from coordinator.defence import Defence
 from coordinator.recipe import PRESETS, FederationRecipe, Personalisation, TextTraining, parse_recipe
 from protocol.messages import Privacy, Recipe
 from protocol.settings import SettingsError
@@ -235,7 +236,17 @@ BAD_FILES = {
     "unknown-key": ("[recipe]\ntau = 1\n", "unknown key 'recipe.tau'"),
     "unknown-key-of-the-text": ("[recipe.text]\nstep = 1\n", "unknown key 'recipe.text.step'"),
     "unknown-key-of-the-query": ("[recipe.personal]\ntau = 1\n", "unknown key 'recipe.personal.tau'"),
-    "unknown-aggregation": ('[recipe]\naggregation = "median"\n', "recipe.aggregation"),
+    "unknown-aggregation": ('[recipe]\naggregation = "mode"\n', "recipe.aggregation"),
+    "median-of-factors-that-differ": (
+        '[recipe]\naggregation = "median"\n',
+        "aggregation median needs freeze_a = true: (c B, A",
+    ),
+    "trim-of-factors-that-differ": ('[recipe]\naggregation = "trimmed_mean"\n', "trimmed_mean needs freeze_a = true"),
+    "frozen-a-made-anew": ('[recipe]\naggregation = "mean_of_products"\nfreeze_a = true\n', "choose mean_of_factors"),
+    "a-limit-below-the-median": ("[recipe.defence]\nnorm_limit = 0.5\n", "recipe.defence.norm_limit"),
+    "a-limit-that-is-no-number": ("[recipe.defence]\nnorm_limit = nan\n", "recipe.defence.norm_limit"),
+    "half-of-them-malicious": ("[recipe.defence]\nmalicious_share = 0.5\n", "recipe.defence.malicious_share"),
+    "unknown-key-of-the-defence": ("[recipe.defence]\nlimit = 1\n", "unknown key 'recipe.defence.limit'"),
     "a-number": ("recipe = 3\n", "recipe"),
     "a-name-that-is-a-list": ('[recipe]\nname = ["fedalign"]\n', "recipe"),
 }
@@ -279,3 +290,19 @@ def test_a_promise_has_no_default_and_takes_no_nonsense(write, key, value):
 def test_a_delta_that_promises_nothing_is_refused():
     with pytest.raises(ValidationError, match="delta"):
         Privacy(**{**PRIVACY, "delta": 0.01})
+
+
+def test_the_defence_can_be_switched_off_and_robust_averages_chosen():
+    off = parse_recipe("fedalign+defence.norm_limit=inf+defence.sample_cap=inf")
+    assert (off.defence.norm_limit, off.defence.sample_cap) == (math.inf, math.inf)
+    assert (named("fedalign").defence.norm_limit, named("fedalign").defence.over_limit) == (4.0, "reject")
+    for aggregation in ("median", "trimmed_mean"):
+        assert parse_recipe(f"fedlora+aggregation={aggregation}+freeze_a=true").training(6).freeze_a
+    assert not parse_recipe("fedlora+aggregation=multi_krum").freeze_a
+
+
+@pytest.mark.parametrize(
+    ("share", "clients", "malicious"), [(0.2, 10, 2), (0.2, 4, 0), (0.2, 5, 1), (0.0, 99, 0), (0.3, 9, 2)]
+)
+def test_how_many_of_so_many_may_be_malicious(share, clients, malicious):
+    assert Defence(malicious_share=share).malicious(clients) == malicious

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clip_lora.lora import adapter_shapes, initial_adapter
+from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_config
 from coordinator.aggregate import Contribution
 from coordinator.config import CoordinatorConfig
