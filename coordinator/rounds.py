@@ -297,6 +297,8 @@ class Federation:
             for event in self._poll(patience, collection):
                 self._notice(event)
                 self._settle(event, collection)
+        for client, verdict in collection.set_aside.items():
+            log.warning("set aside %s: %s, %s", client, verdict.reason, verdict.detail)
 
     def _poll(self, seconds: float, collection: Collection | None) -> list[CoordinatorEvent]:
         """See who was cut off, and wait for events at most so long."""
