@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip_lora.shapes import adapter_shapes, initial_adapter
-from clip_lora.towers import load_config
+from clip_lora.towers import load_sizes
 from coordinator.aggregate import Contribution
 from coordinator.config import CoordinatorConfig
 from coordinator.learning import Knowledge, Learner, stored
@@ -24,8 +24,8 @@ def hashes(
     config: CoordinatorConfig, records: Sequence[RoundRecord], plans: Mapping[int, RoundPlan], folder: Path
 ) -> list[str]:
     """Return the hash of the initial global adapter, and of the one after each round, computed without any wire or store."""
-    model = load_config(config.model)
-    shapes = adapter_shapes(model, "vision", config.recipe.training(model.vision_config.num_hidden_layers))
+    model = load_sizes(config.model)
+    shapes = adapter_shapes(model, "vision", config.recipe.training(model.vision.blocks))
     learner = Learner(a_bank(), config.recipe, config.seed)
     known = Knowledge(a_bank(), stored(initial_adapter(shapes, config.seed)))
     found = [sha256(encode_adapter(known.adapter))]
