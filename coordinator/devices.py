@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Literal
 
 from coordinator.errors import NotKeptError
-from coordinator.store import Device, Store
+from coordinator.registry import Device
+from coordinator.store import Store
 from protocol.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Devices:
         self._store = store
         self._admission = admission
         self._clock = clock
-        self._known = store.devices()
+        self._known = store.registry.devices()
         self._read = clock()
         self._unkept: dict[str, Device] = {}
 
@@ -68,9 +69,9 @@ class Devices:
     def _keep(self, client: str, device: Device) -> None:
         """Note a change, in memory while the journal does not take it."""
         try:
-            known = self._store.add_device(client, device.key, replace=False)
+            known = self._store.registry.add(client, device.key, replace=False)
             if device.quarantined:
-                self._store.quarantine_device(client)
+                self._store.registry.quarantine(client)
         except NotKeptError as error:
             log.error("device %s is in memory only: %s", client, error)  # noqa: TRY400 - no bug, no traceback
             self._unkept[client] = self._known[client] = device
@@ -89,5 +90,5 @@ class Devices:
             return set()
         for client, device in list(self._unkept.items()):
             self._keep(client, device)
-        before, self._known, self._read = self._known, self._store.devices() | self._unkept, self._clock()
+        before, self._known, self._read = self._known, self._store.registry.devices() | self._unkept, self._clock()
         return {name for name, device in self._known.items() if name in before and before[name] != device}

@@ -27,9 +27,10 @@ from clip_lora.shapes import Shapes, check_shapes
 from coordinator.aggregate import Contribution
 from coordinator.collection import Answer
 from coordinator.errors import FederationError, NotKeptError
-from coordinator.journal import DEVICES, KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
+from coordinator.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
+from coordinator.registry import Registry
 from protocol.at_rest import StoredAdapter
 from protocol.blobs import BlobError, Blobs
 from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
@@ -42,15 +43,6 @@ FIRST_BANK = 1
 ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
 KEEP_ROUNDS = 100
 Model = TypeVar("Model", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device that is known: its public key, whether it was cut off, or is shut out because two devices use its name."""
-
-    key: str
-    revoked: bool
-    quarantined: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,7 @@ class Store:
         self.folder = folder
         self.blobs = Blobs(folder / "blobs")
         self._journal = Journal(folder, journal)
+        self.registry = Registry(self._journal)
         self._keep_rounds = keep_rounds
 
     def close(self) -> None:
@@ -351,44 +344,6 @@ class Store:
         key = (UPDATES.c.number == offer.round, UPDATES.c.client == client, UPDATES.c.sha256 == offer.blob.sha256)
         row = connection.execute(select(UPDATES.c.accepted, UPDATES.c.reason, UPDATES.c.detail).where(*key)).one_or_none()
         return None if row is None else Verdict(row.accepted, row.reason, row.detail)
-
-    def devices(self) -> dict[str, Device]:
-        """Return the known devices by name."""
-        with self._journal.reading() as connection:
-            if connection is None:
-                return {}
-            columns = (DEVICES.c.client, DEVICES.c.key, DEVICES.c.revoked, DEVICES.c.quarantined)
-            rows = connection.execute(select(*columns).order_by(DEVICES.c.client)).all()
-        return {client: Device(key, revoked, quarantined) for client, key, revoked, quarantined in rows}
-
-    def add_device(self, client: str, key: str, *, replace: bool = True) -> Device:
-        """Register a device, also while a coordinator is at work; `replace` gives a known one this key, and lets it in.
-
-        Returns the device as it is known from now on.
-        """
-        self._journal.make_tables()
-        with self._journal.writing() as connection:
-            known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one_or_none()
-            if known is not None and not replace:
-                return Device(known.key, known.revoked, known.quarantined)
-            if known is None:
-                connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
-            else:
-                anew = update(DEVICES).where(DEVICES.c.client == client)
-                connection.execute(anew.values(key=key, revoked=False, quarantined=False))
-        return Device(key, revoked=False)
-
-    def revoke_device(self, client: str) -> bool:
-        """Cut a device off, also while a coordinator is at work; return whether it was known."""
-        self._journal.make_tables()
-        with self._journal.writing() as connection:
-            done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
-        return done.rowcount > 0
-
-    def quarantine_device(self, client: str) -> None:
-        """Shut a device out until it is added again."""
-        with self._journal.writing() as connection:
-            connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(quarantined=True))
 
     def prepare(self) -> None:
         """Take the folder for this coordinator; raises FederationError if another one is at work there."""

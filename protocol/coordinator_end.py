@@ -115,6 +115,11 @@ class CoordinatorEnd:
         """The public key that updates must be sealed to, None if they travel open."""
         return None if self._unsealer is None else self._unsealer.public
 
+    def take_bytes_up(self) -> dict[str, int]:
+        """Return the payload bytes that came from each client since the last time."""
+        taken, self.bytes_up = dict(self.bytes_up), Counter()
+        return taken
+
     def publish_bank(self, bank: TextBank) -> tuple[BlobRef, list[Action]]:
         """Announce a class bank, retained, and serve its blob from now on."""
         ref = self._serve("classes", encode_bank(bank))

@@ -24,7 +24,7 @@ def show(settings: Settings = SETTINGS) -> None:
     from coordinator.store import Store
 
     config = load(settings)
-    for name, device in Store(config.state, config.journal).devices().items():
+    for name, device in Store(config.state, config.journal).registry.devices().items():
         state = "revoked" if device.revoked else "quarantined" if device.quarantined else "active"
         typer.echo(f"{name} {device.key} {state}")
 
@@ -51,7 +51,7 @@ def add(
         public_key(key)
     except ValueError as error:
         raise SettingsError(f"{error}: `clipcast client key` prints it on the device") from error
-    Store(config.state, config.journal).add_device(name, key)
+    Store(config.state, config.journal).registry.add(name, key)
     typer.echo(f"{name} may take part with key {key}")
 
 
@@ -66,6 +66,6 @@ def revoke(name: Name, settings: Settings = SETTINGS) -> None:
     from protocol.settings import SettingsError
 
     config = load(settings)
-    if not Store(config.state, config.journal).revoke_device(name):
+    if not Store(config.state, config.journal).registry.revoke(name):
         raise SettingsError(f"no device {name!r} is known: `clipcast device list` shows them")
     typer.echo(f"{name} is cut off")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coordinator.devices import REFRESH_S, Devices
-from coordinator.store import Device, Store
+from coordinator.registry import Device
+from coordinator.store import Store
 from protocol.errors import Refused
 
 ONE, OTHER = "1" * 43, "2" * 43
@@ -37,7 +38,7 @@ def test_an_open_federation_registers_a_new_device_once(store):
     devices.check("ann", ONE)
     devices.admit("ann", ONE)
     devices.admit("ann", OTHER)
-    assert store.devices() == {"ann": Device(ONE, revoked=False)}
+    assert store.registry.devices() == {"ann": Device(ONE, revoked=False)}
     assert verdict(devices, "ann", OTHER) == "wrong-key"
     assert verdict(Devices(store, "open"), "ann", OTHER) == "wrong-key"  # after a restart, too
 
@@ -52,7 +53,7 @@ def test_a_new_device_costs_no_look_at_all_the_others(store, monkeypatch):
 
 def test_a_name_that_was_registered_beside_a_working_coordinator_keeps_its_key(store, tmp_path):
     devices = Devices(store, "open")
-    Store(tmp_path / "state").add_device("ann", ONE)
+    Store(tmp_path / "state").registry.add("ann", ONE)
     devices.admit("ann", OTHER)
     devices.check("ann", ONE)
     assert verdict(devices, "ann", OTHER) == "wrong-key"
@@ -61,7 +62,7 @@ def test_a_name_that_was_registered_beside_a_working_coordinator_keeps_its_key(s
 def test_with_registration_only_those_who_were_added_come_in(store, tmp_path):
     devices = Devices(store, "registered")
     assert verdict(devices, "ann", ONE) == "unknown-device"
-    Store(tmp_path / "state").add_device("ann", ONE)
+    Store(tmp_path / "state").registry.add("ann", ONE)
     Devices(store, "registered").check("ann", ONE)
 
 
@@ -71,15 +72,15 @@ def test_a_device_that_is_revoked_beside_a_working_coordinator_is_cut_off(store,
     for name in ("ann", "bob"):
         devices.admit(name, ONE)
     operator = Store(tmp_path / "state")
-    assert operator.revoke_device("ann")
-    assert not operator.revoke_device("eve")
+    assert operator.registry.revoke("ann")
+    assert not operator.registry.revoke("eve")
     assert devices.refresh() == set()  # not yet
     clock.now += REFRESH_S
     assert devices.refresh() == {"ann"}
     assert devices.refresh() == set()
     assert verdict(devices, "ann", ONE) == "revoked"
     devices.check("bob", ONE)
-    operator.add_device("ann", OTHER)
+    operator.registry.add("ann", OTHER)
     clock.now += REFRESH_S
     assert devices.refresh() == {"ann"}
     devices.check("ann", OTHER)
@@ -91,9 +92,9 @@ def test_a_quarantined_device_is_shut_out_over_restarts_until_it_is_added_again(
     devices = Devices(store, "open", clock)
     devices.admit("ann", ONE)
     devices.quarantine("ann")
-    assert store.devices() == {"ann": Device(ONE, revoked=False, quarantined=True)}
+    assert store.registry.devices() == {"ann": Device(ONE, revoked=False, quarantined=True)}
     assert verdict(devices, "ann", ONE) == verdict(Devices(store, "open"), "ann", ONE) == "quarantined"
-    Store(tmp_path / "state").add_device("ann", ONE)
+    Store(tmp_path / "state").registry.add("ann", ONE)
     clock.now += REFRESH_S
     assert devices.refresh() == {"ann"}
     devices.check("ann", ONE)

@@ -122,7 +122,7 @@ def read(folder: Path, image: Image) -> tuple[Any, ...]:
     store = Store(folder)
     try:
         opened = store.opened()
-        return store.run(), store.devices(), store.records(), opened and (opened.plan, sorted(opened.accepted))
+        return store.run(), store.registry.devices(), store.records(), opened and (opened.plan, sorted(opened.accepted))
     finally:
         store.close()
 

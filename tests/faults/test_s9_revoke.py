@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from clipcast.cli import app
 from coordinator.records import RoundRecord
-from coordinator.store import Device, Store
+from coordinator.registry import Device
+from coordinator.store import Store
 from protocol.bus import Action, Bus, Connected, Event, Publish
 from protocol.client_end import ClientEnd
 from protocol.events import Answered, Finished, LinkChanged, Noticed, PlanReady
@@ -177,7 +178,7 @@ class Coordinator:
     def devices(self) -> dict[str, Device]:
         store = Store(self.state)
         try:
-            return store.devices()
+            return store.registry.devices()
         finally:
             store.close()
 

@@ -137,7 +137,7 @@ class World:
         self._pinned = key_text(self.keys[COORDINATOR].public_key())
         store = Store(self.state)
         for client in self.scenario.clients:
-            store.add_device(client, key_text(self.keys[client].public_key()))
+            store.registry.add(client, key_text(self.keys[client].public_key()))
         store.close()
 
     def start(self, *names: str) -> None:

@@ -1,0 +1,60 @@
+"""The devices that are known, at rest: the journal's table of names and keys. Also beside a coordinator at work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import insert, select, update
+
+from coordinator.journal import DEVICES, Journal
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is known: its public key, whether it was cut off, or is shut out because two devices use its name."""
+
+    key: str
+    revoked: bool
+    quarantined: bool = False
+
+
+class Registry:
+    """The table of devices. All methods raise FederationError if it cannot be used."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def devices(self) -> dict[str, Device]:
+        """Return the known devices by name."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return {}
+            columns = (DEVICES.c.client, DEVICES.c.key, DEVICES.c.revoked, DEVICES.c.quarantined)
+            rows = connection.execute(select(*columns).order_by(DEVICES.c.client)).all()
+        return {client: Device(key, revoked, quarantined) for client, key, revoked, quarantined in rows}
+
+    def add(self, client: str, key: str, *, replace: bool = True) -> Device:
+        """Register a device; `replace` gives a known one this key, and lets it in. Return it as it is known from now on."""
+        self._journal.make_tables()
+        with self._journal.writing() as connection:
+            known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one_or_none()
+            if known is not None and not replace:
+                return Device(known.key, known.revoked, known.quarantined)
+            if known is None:
+                connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
+            else:
+                anew = update(DEVICES).where(DEVICES.c.client == client)
+                connection.execute(anew.values(key=key, revoked=False, quarantined=False))
+        return Device(key, revoked=False)
+
+    def revoke(self, client: str) -> bool:
+        """Cut a device off; return whether it was known."""
+        self._journal.make_tables()
+        with self._journal.writing() as connection:
+            done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
+        return done.rowcount > 0
+
+    def quarantine(self, client: str) -> None:
+        """Shut a device out until it is added again."""
+        with self._journal.writing() as connection:
+            connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(quarantined=True))

@@ -1,0 +1,46 @@
+"""A round summed up: what was collected and what was learned of it, as its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coordinator.collection import Collection
+from coordinator.learning import Knowledge, Lesson
+from coordinator.records import AggregationRecord, AttentionRecord, Refusal, RoundRecord, TextRecord, mean_told
+from protocol.codec import encode_adapter, sha256
+
+
+def summary(
+    collection: Collection, lesson: Lesson, known: Knowledge, seconds: float, bytes_up: Mapping[str, int]
+) -> RoundRecord:
+    """Return the record of a round that is over."""
+    offers = {client: c.offer for client, c in sorted(collection.counted.items())}
+    samples = sum(offer.samples for offer in offers.values())
+    refused = [(answer.client, answer.verdict) for answer in collection.refused]
+    text, attention = lesson.text, lesson.attention
+    trained = collection.plan.recipe.local_steps > 0
+    return RoundRecord(
+        round=collection.plan.round,
+        outcome="aggregated" if collection.has_quorum else "quorum-missed",
+        accepted=list(offers),
+        rejected=[
+            Refusal(client=client, reason=verdict.reason, detail=verdict.detail)
+            for client, verdict in [*refused, *collection.set_aside.items()]
+        ],
+        silent=collection.silent,
+        late={client: c.offer.round for client, c in collection.contributions.items() if c.discount < 1.0},
+        samples=samples,
+        loss=mean_told((o.loss, o.samples) for o in offers.values()) if trained else None,
+        train_accuracy=mean_told((o.accuracy, o.samples) for o in offers.values()),
+        seconds=seconds,
+        bytes_up=dict(sorted(bytes_up.items())),
+        bytes_down={client: offer.bytes_received for client, offer in offers.items()},
+        adapter_sha256=sha256(encode_adapter(known.adapter)),
+        bank_version=known.bank.version,
+        text=text and TextRecord.of(text),
+        own=list(lesson.renewed),
+        attention=attention and AttentionRecord.of(attention),
+        class_accuracy=lesson.class_accuracy,
+        epsilon={client: offer.epsilon for client, offer in offers.items() if offer.epsilon is not None},
+        aggregation=lesson.choice and AggregationRecord.of(lesson.choice, lesson.clipped),
+    )
