@@ -30,7 +30,7 @@ def cuts_at(number: int, *, full: bool) -> list[tuple[str, bool]]:
     """
     one = [("torn", False), ("lost", False)]
     if not full:
-        return one if number % 4 else [*one, ("before", False)]
+        return one if number % 3 else [*one, ("before", False)]
     return [*one, ("before", False), ("after", False), ("torn" if number % 2 else "lost", True)]
 
 
