@@ -14,24 +14,21 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import wait_until
 from tests.faults.cast import BROKER, COORDINATOR, Cast, Mosquitto
-from tests.faults.evidence import fleet_lost, records
+from tests.faults.evidence import fleet_lost, records, seconds_of_rounds
 from tests.faults.light import recipe_of
 from tests.faults.processes import Zygote
 
 RESULTS = Path(__file__).parent / "load" / "results.json"
 PROCESSES = 2
 MB = 2**20
-ENDED = re.compile(r"^([0-9.]+) round \d+: ", re.MULTILINE)
 
 
 def measure(zygote: Zygote, connected: int, sampled: int, rounds: int, size: int) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def measure(zygote: Zygote, connected: int, sampled: int, rounds: int, size: int
     }
     with tempfile.TemporaryDirectory(prefix="clipcast-load-") as name:
         folder = Path(name)
-        with Cast(zygote, folder, settings, Mosquitto(zygote, folder / BROKER), ()) as cast:
+        with Cast(zygote, folder, settings, Mosquitto(zygote, folder / BROKER), (), by_command=True) as cast:
             cast.begin()
             cast.fleet([f"client-{number:04}" for number in range(connected)], PROCESSES)
             coordinator, peaks = cast.children[COORDINATOR], [0, 0]
@@ -60,9 +57,8 @@ def measure(zygote: Zygote, connected: int, sampled: int, rounds: int, size: int
             if coordinator.wait() != 0:
                 raise SystemExit(coordinator.tail())
             missing, told = fleet_lost(folder, cast.state, PROCESSES)
-            ends = [float(at) for at in ENDED.findall((folder / f"{COORDINATOR}.log").read_text())]
+            seconds = sorted(seconds_of_rounds(cast.state))
             whole = sum(len(record["accepted"]) == sampled for record in records(cast.state))
-    seconds = sorted(later - earlier for earlier, later in pairwise(ends))
     return {
         "connected": connected,
         "sampled": sampled,

@@ -30,7 +30,7 @@ def coordinate(settings: dict[str, Any]) -> None:
         config = CoordinatorConfig.model_validate(settings)
         for record in conduct(config, LocalModel(config.model)):
             counts = f"{len(record.accepted)} accepted, {len(record.rejected)} rejected"
-            print(f"{time.monotonic():.3f} round {record.round}: {record.outcome}, {counts}", flush=True)
+            print(f"round {record.round}: {record.outcome}, {counts}", flush=True)
     except Exception as error:
         if code_of(error) == BUG:
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +74,15 @@ class Embedded:
         return self.zygote.fork(BROKER, log, "tests.faults.actors:embed_broker", folder=str(self.folder), port=self.port)
 
 
+def as_toml(settings: dict[str, Any]) -> str:
+    """Return settings as TOML: plain values first, then a table for each dictionary."""
+    tables = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if key not in tables]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
 def mosquitto_binary() -> str:
     """Return where Mosquitto is; skips the test if it is not installed."""
     found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
@@ -85,7 +96,8 @@ class Cast:
     """The processes of one federation by name: "coordinator", "broker" and the clients by their ids. Leaving ends them all.
 
     `settings` are the coordinator's, without state and broker. `links` says who reaches the broker by other settings than
-    its URL, `zygotes` who is started by another one.
+    its URL, `zygotes` who is started by another one. With `by_command` the coordinator is not forked with all that a zygote
+    has imported, but started by its command: then its memory is its own.
     """
 
     zygote: Zygote
@@ -95,6 +107,7 @@ class Cast:
     clients: tuple[str, ...]
     links: dict[str, dict[str, Any]] = field(default_factory=dict)
     zygotes: dict[str, Zygote] = field(default_factory=dict)
+    by_command: bool = False
     children: dict[str, Child] = field(default_factory=dict)
 
     @property
@@ -129,6 +142,12 @@ class Cast:
         broker = {"url": self.broker.url, **self.links.get(name, {})}
         common = {"state": str(self.folder / name), "broker": broker, "federation": self.settings["federation"]}
         log = self.folder / f"{name}.log"
+        if name == COORDINATOR and self.by_command:
+            path = self.folder / "coordinator.toml"
+            path.write_text(as_toml({**self.settings, **common}))
+            command = [sys.executable, "-m", "clipcast", "coordinator", "run", str(path)]
+            self.children[name] = self.zygote.execute(name, log, command)
+            return self.children[name]
         if name == COORDINATOR:
             target, arguments = "coordinate", {"settings": {**self.settings, **common}}
         else:
