@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 Admission = Literal["open", "registered"]
 REFRESH_S = 2.0
+KEEP_S = 0.2
 
 
 class Devices:
@@ -27,12 +29,13 @@ class Devices:
     """
 
     def __init__(self, store: Store, admission: Admission, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
+        self._registry = store.registry
         self._admission = admission
         self._clock = clock
-        self._known = store.registry.devices()
+        self._known = self._registry.devices()
         self._read = clock()
         self._unkept: dict[str, Device] = {}
+        self._kept = -math.inf
 
     def check(self, sender: str, key: str) -> None:
         """Raise Refused if the sender is unknown and may not register, is revoked, or is known by another key."""
@@ -59,25 +62,33 @@ class Devices:
         """Register a new device."""
         if sender not in self._known:
             log.info("new device %s with key %s", sender, key)
-            self._keep(sender, Device(key, revoked=False))
+            self._change(sender, Device(key, revoked=False))
 
     def quarantine(self, client: str) -> None:
         """Shut a device out until it is added again."""
         if client in self._known:
-            self._keep(client, replace(self._known[client], quarantined=True))
+            self._change(client, replace(self._known[client], quarantined=True))
+            self.keep()
 
-    def _keep(self, client: str, device: Device) -> None:
-        """Note a change, in memory while the journal does not take it."""
-        try:
-            known = self._store.registry.add(client, device.key, replace=False)
-            if device.quarantined:
-                self._store.registry.quarantine(client)
-        except NotKeptError as error:
-            log.error("device %s is in memory only: %s", client, error)  # noqa: TRY400 - no bug, no traceback
-            self._unkept[client] = self._known[client] = device
+    def keep(self) -> None:
+        """Write down what is new, in one transaction; it stays in memory while the journal does not take it."""
+        if not self._unkept:
             return
-        self._unkept.pop(client, None)
-        self._known[client] = replace(known, quarantined=known.quarantined or device.quarantined)
+        self._kept = self._clock()
+        try:
+            kept = self._registry.register(self._unkept)
+        except NotKeptError as error:
+            names = ", ".join(sorted(self._unkept))
+            log.error("in memory only: devices %s: %s", names[:300], error)  # noqa: TRY400 - no bug, no traceback
+            return
+        self._known.update(kept)
+        self._unkept.clear()
+
+    def _change(self, client: str, device: Device) -> None:
+        """Note a change. A thousand that come at once are written together: each transaction is a sync of the disk."""
+        self._unkept[client] = self._known[client] = device
+        if self._clock() - self._kept >= KEEP_S:
+            self.keep()
 
     def is_revoked(self, client: str) -> bool:
         """Whether a device was cut off for good, and not only given another key."""
@@ -86,9 +97,10 @@ class Devices:
 
     def refresh(self) -> set[str]:
         """Read the table again if it is time; return the devices that were revoked or replaced meanwhile."""
+        if self._clock() - self._kept >= KEEP_S:
+            self.keep()
         if self._clock() - self._read < REFRESH_S:
             return set()
-        for client, device in list(self._unkept.items()):
-            self._keep(client, device)
-        before, self._known, self._read = self._known, self._store.registry.devices() | self._unkept, self._clock()
+        self.keep()
+        before, self._known, self._read = self._known, self._registry.devices() | self._unkept, self._clock()
         return {name for name, device in self._known.items() if name in before and before[name] != device}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from coordinator.journal import DEVICES, Journal
 
@@ -33,19 +34,12 @@ class Registry:
             rows = connection.execute(select(*columns).order_by(DEVICES.c.client)).all()
         return {client: Device(key, revoked, quarantined) for client, key, revoked, quarantined in rows}
 
-    def add(self, client: str, key: str, *, replace: bool = True) -> Device:
-        """Register a device; `replace` gives a known one this key, and lets it in. Return it as it is known from now on."""
+    def add(self, client: str, key: str) -> None:
+        """Register a device; a known one gets this key, and is let in."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
-            known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one_or_none()
-            if known is not None and not replace:
-                return Device(known.key, known.revoked, known.quarantined)
-            if known is None:
-                connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
-            else:
-                anew = update(DEVICES).where(DEVICES.c.client == client)
-                connection.execute(anew.values(key=key, revoked=False, quarantined=False))
-        return Device(key, revoked=False)
+            connection.execute(delete(DEVICES).where(DEVICES.c.client == client))
+            connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
 
     def revoke(self, client: str) -> bool:
         """Cut a device off; return whether it was known."""
@@ -54,7 +48,17 @@ class Registry:
             done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
         return done.rowcount > 0
 
-    def quarantine(self, client: str) -> None:
-        """Shut a device out until it is added again."""
+    def register(self, devices: Mapping[str, Device]) -> dict[str, Device]:
+        """Register new devices, and shut out those that are to be quarantined; return them as they are known from now on."""
         with self._journal.writing() as connection:
-            connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(quarantined=True))
+            return {client: _register(connection, client, device) for client, device in devices.items()}
+
+
+def _register(connection: Connection, client: str, device: Device) -> Device:
+    known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one_or_none()
+    if known is None:
+        connection.execute(insert(DEVICES).values(client=client, **asdict(device)))
+        return device
+    if device.quarantined and not known.quarantined:
+        connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(quarantined=True))
+    return Device(known.key, known.revoked, known.quarantined or device.quarantined)

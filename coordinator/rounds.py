@@ -250,6 +250,8 @@ class Federation:
                 if collection is not None and isinstance(event, UpdateArrived | UpdateUnreadable):
                     try:
                         blob = event.blob if isinstance(event, UpdateArrived) else None
+                        if self._devices is not None:
+                            self._devices.keep()  # whose update it is stands in the journal before the update does
                         self._store.keep(answer, blob, collection.plan.round)
                     except FederationError as error:  # no receipt without it: the client offers it again
                         log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback

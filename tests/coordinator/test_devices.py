@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.devices import REFRESH_S, Devices
+from coordinator.devices import KEEP_S, REFRESH_S, Devices
 from coordinator.registry import Device
 from coordinator.store import Store
 from protocol.errors import Refused
@@ -51,12 +51,31 @@ def test_a_new_device_costs_no_look_at_all_the_others(store, monkeypatch):
     assert verdict(devices, "device-1", OTHER) == "wrong-key"
 
 
+def test_devices_that_come_at_once_are_written_together(store, monkeypatch):
+    clock, written = Clock(), []
+    devices = Devices(store, "open", clock)
+    register = store.registry.register
+    monkeypatch.setattr(store.registry, "register", lambda found: written.append(len(found)) or register(found))
+    for number in range(100):
+        devices.admit(f"device-{number}", ONE)
+        assert verdict(devices, f"device-{number}", OTHER) == "wrong-key"
+    clock.now += KEEP_S
+    assert devices.refresh() == set()
+    assert written == [1, 99]
+    devices.admit("late", ONE)
+    devices.keep()
+    devices.keep()
+    assert written == [1, 99, 1]
+    assert len(store.registry.devices()) == 101
+
+
 def test_a_name_that_was_registered_beside_a_working_coordinator_keeps_its_key(store, tmp_path):
     devices = Devices(store, "open")
     Store(tmp_path / "state").registry.add("ann", ONE)
     devices.admit("ann", OTHER)
     devices.check("ann", ONE)
     assert verdict(devices, "ann", OTHER) == "wrong-key"
+    assert store.devices() == {"ann": Device(ONE, revoked=False)}
 
 
 def test_with_registration_only_those_who_were_added_come_in(store, tmp_path):
