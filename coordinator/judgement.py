@@ -17,6 +17,7 @@ from coordinator.aggregate import Contribution
 from coordinator.checks import rejected
 from coordinator.defence import Defence
 from coordinator.recipe import FederationRecipe
+from protocol.buckets import with_counts
 from protocol.messages import Adapter, FloatArray, Verdict
 
 ENOUGH = 3
@@ -90,7 +91,7 @@ def _lower(contribution: Contribution, limit: float) -> Contribution:
         offer = offer.model_copy(update={"samples": int(limit)})
     if total > limit:
         counts = np.maximum(update.prototype_counts * (limit / total), 1.0).astype(np.int32)
-        update = replace(update, prototype_counts=counts, prototype_correct=np.minimum(update.prototype_correct, counts))
+        update = with_counts(update, counts)
     return replace(contribution, offer=offer, update=update)
 
 

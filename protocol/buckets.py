@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from protocol.messages import Update
+from protocol.messages import IntArray, Update
 
 BITS = 4
 
@@ -25,4 +25,12 @@ def most(value: int) -> int:
 def bucketed(update: Update) -> Update:
     """Return an update whose prototypes tell their counts in buckets, and no more correct ones than that."""
     counts = np.array([bucket(int(count)) for count in update.prototype_counts], np.int32)
-    return replace(update, prototype_counts=counts, prototype_correct=np.minimum(update.prototype_correct, counts))
+    return with_counts(update, counts)
+
+
+def with_counts(update: Update, counts: IntArray) -> Update:
+    """Return an update whose prototypes have other counts (P,), and no more correct ones than that, where they are told."""
+    correct = update.prototype_correct
+    return replace(
+        update, prototype_counts=counts, prototype_correct=np.minimum(correct, counts) if len(correct) else correct
+    )

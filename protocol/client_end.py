@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
@@ -19,7 +18,6 @@ from protocol.errors import BusError, Refused, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
 from protocol.gate import Anchor, FirstUse, Gate
 from protocol.messages import (
-    CHUNK_SIZE,
     Adapter,
     BlobRef,
     ClassBankManifest,
@@ -27,7 +25,6 @@ from protocol.messages import (
     Manifest,
     Need,
     Notice,
-    Offer,
     Receipt,
     RoundPlan,
     Status,
@@ -39,36 +36,12 @@ from protocol.parcel import Parcel, pack
 from protocol.sealing import purpose, seal
 from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import (
-    CHUNK_EXPIRY_S,
-    LASTING_CAP_S,
-    PRESENCE_S,
-    SLOW_LINK,
-    SMALLEST_CUT,
-    Pace,
-    Repeat,
-    Serve,
-    chunk_size,
-    cut_for,
-    from_bitmap,
-)
+from protocol.transfer import CHUNK_EXPIRY_S, LASTING_CAP_S, PRESENCE_S, Repeat
+from protocol.upload import Upload
 
 log = logging.getLogger(__name__)
 
 AnyDownload = Download[TextBank] | Download[Adapter]
-
-
-@dataclass
-class _Upload:
-    parcel: Parcel
-    serve: Serve
-    repeat: Repeat
-    sent: set[int] = field(default_factory=set)  # chunks given to this connection
-    tried: set[int] = field(default_factory=set)  # those that the last connection was given, until a need tells their fate
-
-    @property
-    def offer(self) -> Offer:
-        return self.parcel.offer
 
 
 class ClientEnd:
@@ -87,15 +60,12 @@ class ClientEnd:
         self.gate = Gate(federation, self._trust, None if state is None else state / "marks.json")
         self._status = Status(state="online")
         self._presence = Repeat(rng, PRESENCE_S, LASTING_CAP_S)
-        self._chunk_size = self._chunk_limit = chunk_size(None)
-        self._pace = Pace()
-        self._max_packet: int | None = None
         self._plan: RoundPlan | None = None
         self._own: dict[str, ClientAdapter] = {}  # by run: the open plan's, and at most one other
         self._announced: tuple[object, ...] | None = None
         self._bank: Download[TextBank] | None = None
         self._adapter: Download[Adapter] | None = None
-        self._upload: _Upload | None = None
+        self._upload = Upload(rng)
 
     def will(self) -> Publish:
         """Return the last will: the retained status, offline."""
@@ -118,17 +88,14 @@ class ClientEnd:
 
     def offer(self, parcel: Parcel) -> list[Action]:
         """Offer an update, again and again until its receipt; it replaces an earlier one. Raises WireError if too large."""
-        if self._pace.rate is not None and self._pace.rate >= SLOW_LINK:
-            self._limit_chunks(CHUNK_SIZE)  # the link was slow once, and is so no longer
         counted = parcel.offer.model_copy(update={"bytes_received": self.bytes_received})
-        cut = Parcel(counted, parcel.blob).cut(self._chunk_size)
-        self._upload = _Upload(cut, Serve(cut.blob, cut.offer.blob), Repeat(self._rng))
+        self._upload.begin(Parcel(counted, parcel.blob))
         self.bytes_received = 0
         return []
 
     def withdraw(self) -> None:
         """Stop offering: the round is over."""
-        self._upload = None
+        self._upload.end()
 
     def handle(self, event: Event, now: float) -> tuple[list[Action], list[ClientEvent]]:
         """Take in a bus event. What the protocol does not allow is logged and changes nothing."""
@@ -151,28 +118,19 @@ class ClientEnd:
         for wanted in self._downloads():
             if wanted.under_way and (missing := wanted.fetch.need(now)):
                 actions.append(self._manifest("need", Need(sha256=wanted.ref.sha256, missing=missing)))
-        upload = self._upload
-        if upload is not None:
-            if drained:
-                upload.serve.landed()
-            if drained and room > 0 and self._pace.landed(now):
-                self._heed_pace(upload)
-            if upload.serve.busy:
-                upload.repeat.answered(now)
-            elif upload.repeat.due(now):
-                actions.append(self._manifest("offer", upload.offer))
-            for index, data in upload.serve.take(room, now):
-                upload.sent.add(index)
-                self._pace.sent(len(data), now)
-                topic = self.topics.upload(self._id, upload.offer.blob.sha256, index)
-                actions.append(Publish(topic, data, expiry_s=CHUNK_EXPIRY_S))
+        said, chunks = self._upload.due(now, room, drained)
+        offer = self._upload.offer
+        if said is not None:
+            actions.append(self._manifest("offer", said))
+        for index, data in chunks:
+            assert offer is not None
+            topic = self.topics.upload(self._id, offer.blob.sha256, index)
+            actions.append(Publish(topic, data, expiry_s=CHUNK_EXPIRY_S))
         return actions
 
     def _connected(self, max_packet: int | None) -> list[Action]:
-        self._pace.lost()
-        self._max_packet = max_packet
         try:
-            self._limit_chunks(self._chunk_limit)
+            self._upload.connected(max_packet)
         except WireError as error:
             raise BusError(
                 f"the broker takes packets of {max_packet} bytes only: {error}. Raise its max_packet_size"
@@ -182,21 +140,7 @@ class ClientEnd:
             if wanted.under_way:
                 wanted.fetch.repeat.again()
                 actions.append(Subscribe(self.topics.blob_filter(wanted.ref.sha256)))
-        if self._upload is not None:
-            self._upload.repeat.again()
-            self._upload.tried, self._upload.sent = self._upload.sent, set()
         return [*actions, *self.announce(self._status)]
-
-    def _limit_chunks(self, limit: int) -> None:
-        """Cut uploads in chunks of at most `limit` bytes from now on, which the broker takes, too."""
-        self._chunk_limit = limit
-        size = min(chunk_size(self._max_packet), limit)
-        if size == self._chunk_size:
-            return
-        self._chunk_size = size
-        if self._upload is not None:
-            self._upload.parcel = self._upload.parcel.cut(size)
-            self._upload.serve = Serve(self._upload.parcel.blob, self._upload.offer.blob)
 
     def _delivered(self, address: Address, payload: bytes, now: float) -> tuple[list[Action], list[ClientEvent]]:
         ours = address.federation == self.topics.federation and address.direction != "from"
@@ -226,10 +170,11 @@ class ClientEnd:
             case "adapter":
                 return self._own_adapter(expect(envelope, ClientAdapter))
             case "need":
-                self._needed(expect(envelope, Need), now)
+                self._upload.needed(expect(envelope, Need), now)
                 return [], []
             case "receipt":
-                return self._receipt(expect(envelope, Receipt))
+                receipt = expect(envelope, Receipt)
+                return [], [Answered(receipt)] if self._upload.answered(receipt) else []
             case "notice":
                 return [], [Noticed(expect(envelope, Notice))]
             case _:
@@ -348,37 +293,6 @@ class ClientEnd:
             return []
         self._announced = what
         return [PlanReady(plan, bank.record, adapter.record, start.sha256)]
-
-    def _needed(self, need: Need, now: float) -> None:
-        if self._upload is not None and need.sha256 == self._upload.offer.blob.sha256:
-            self._upload.repeat.answered(now)
-            self._upload.serve.need(need.missing, now)
-            self._learn_from(self._upload, from_bitmap(need.missing, self._upload.offer.blob.chunks))
-
-    def _learn_from(self, upload: _Upload, missing: set[int]) -> None:
-        """Cut smaller if a whole connection brought no chunk through: on such a link they are too long."""
-        fruitless = bool(upload.tried) and upload.tried <= missing
-        upload.tried = set()
-        if fruitless and self._chunk_size > SMALLEST_CUT:
-            log.info("no chunk of %d bytes came through", self._chunk_size)
-            self._limit_chunks(max(SMALLEST_CUT, self._chunk_size // 2))
-            upload.repeat.again()
-
-    def _heed_pace(self, upload: _Upload) -> None:
-        """Cut smaller on a slow link: a chunk that takes long holds up all else, and is long to repeat."""
-        rate = self._pace.rate
-        assert rate is not None
-        if cut_for(rate) < self._chunk_size:
-            log.info("the link takes %.0f kbit/s: chunks have %d bytes from now on", rate * 8 / 1000, cut_for(rate))
-            self._limit_chunks(cut_for(rate))
-            upload.repeat.again()
-
-    def _receipt(self, receipt: Receipt) -> tuple[list[Action], list[ClientEvent]]:
-        offer = self._upload.offer if self._upload else None
-        if offer is None or (receipt.round, receipt.sha256) != (offer.round, offer.blob.sha256):
-            return [], []
-        self._upload = None
-        return [], [Answered(receipt)]
 
     def _manifest(self, kind: str, manifest: Manifest) -> Publish:
         data = self._signer.seal(self.topics.federation, self._id, manifest)

@@ -45,7 +45,7 @@ def test_an_open_federation_registers_a_new_device_once(store):
 
 def test_a_new_device_costs_no_look_at_all_the_others(store, monkeypatch):
     devices = Devices(store, "open")
-    monkeypatch.setattr(store, "devices", lambda: pytest.fail("read the whole table"))
+    monkeypatch.setattr(store.registry, "devices", lambda: pytest.fail("read the whole table"))
     for number in range(3):
         devices.admit(f"device-{number}", ONE)
     assert verdict(devices, "device-1", OTHER) == "wrong-key"
@@ -75,7 +75,7 @@ def test_a_name_that_was_registered_beside_a_working_coordinator_keeps_its_key(s
     devices.admit("ann", OTHER)
     devices.check("ann", ONE)
     assert verdict(devices, "ann", OTHER) == "wrong-key"
-    assert store.devices() == {"ann": Device(ONE, revoked=False)}
+    assert store.registry.devices() == {"ann": Device(ONE, revoked=False)}
 
 
 def test_with_registration_only_those_who_were_added_come_in(store, tmp_path):

@@ -57,7 +57,7 @@ class Member:
     def is_busy(self) -> bool:
         """Whether anything is on its way up or down."""
         fetching = any(download.under_way for download in self.end._downloads())
-        return fetching or self.end._upload is not None or not self.mqtt.drained()
+        return fetching or self.end._upload.offer is not None or not self.mqtt.drained()
 
 
 class Fleet:

@@ -270,9 +270,7 @@ def test_an_upload_that_cannot_be_read_is_reported_once(new_network):
     end = network.ends["a"]
     end.offer(pack(a_result()))
     blob = encode_update(a_result().update)[:-3]
-    upload = end._upload
-    upload.parcel = Parcel(upload.offer.model_copy(update={"blob": reference(blob)}), blob)
-    upload.serve = dataclasses.replace(upload.serve, blob=blob, ref=upload.offer.blob)
+    end.offer(Parcel(end._upload.offer.model_copy(update={"blob": reference(blob)}), blob))
     network.run(lambda: network.seen("coordinator", UpdateUnreadable))
     (event,) = network.seen("coordinator", UpdateUnreadable)
     verdict = Verdict(accepted=False, reason="unreadable")
