@@ -26,6 +26,7 @@ from edge_client.participate import carry_out, finished
 from edge_client.participation import Participation, Train
 from edge_client.privacy import class_sums, clipped_change, moved
 from edge_client.train import derive_seed, local_steps
+from protocol.buckets import bucket
 from protocol.bus import MemoryBroker
 from protocol.client_end import ClientEnd
 from protocol.codec import decode_update, encode_adapter, encode_update
@@ -95,7 +96,7 @@ def test_an_offer_tells_neither_loss_nor_accuracy_nor_time_nor_true_counts(run, 
     assert (offer.loss, offer.accuracy, offer.train_seconds) == (None, None, None)
     update = decode_update(encode_update(result.update))
     assert (len(update.features), len(update.labels), len(update.prototype_correct)) == (0, 0, 0)
-    assert offer.samples == max(1, update.prototype_counts.sum())
+    assert offer.samples == bucket(max(1, int(update.prototype_counts.sum())))
     assert np.all(update.prototype_counts >= 3)
     assert update.prototype_counts.tolist() != [8, 8, 8]
     ready = make_ready(bank, private(noise_multiplier=2.0))
