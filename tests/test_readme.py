@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.faults.table import RESULTS, rows
 from clipcast.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,12 @@ def test_links_and_scripts_exist() -> None:
         assert (ROOT / target).exists(), target
     for script in re.findall(r"python (benchmarks/\S+\.py)", README):
         assert (ROOT / script).exists(), script
+
+
+def test_the_proofs_are_those_that_were_measured() -> None:
+    table = README.split("<!-- proofs -->\n")[1].split("<!-- end -->")[0]
+    assert table.splitlines() == rows(json.loads(RESULTS.read_text()))
+    assert all(figure["pass"] for figure in json.loads(RESULTS.read_text()).values())
 
 
 def test_no_figure_is_left_open() -> None:

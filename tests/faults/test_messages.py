@@ -13,7 +13,7 @@ from tests.faults.cast import BROKER, COORDINATOR, Cast, Embedded, Mosquitto
 from tests.faults.evidence import lost, made, records
 from tests.faults.mqtt_proxy import MqttFaults, MqttProxy
 from tests.faults.processes import Zygote
-from tests.faults.test_kills import settings_for
+from tests.faults.test_r1_kills import settings_for
 
 CLIENTS = ("one", "two", "three")
 FAULTS = {

@@ -12,7 +12,7 @@ from tests.conftest import is_listening, wait_until
 from tests.faults.cast import BROKER, COORDINATOR, Cast, Mosquitto, calm
 from tests.faults.evidence import lost, receipts, records
 from tests.faults.processes import Zygote
-from tests.faults.test_kills import settings_for
+from tests.faults.test_r1_kills import settings_for
 
 CLIENTS = ("one", "two", "three")
 KEEPS = ("persistence true", "autosave_interval 1")
