@@ -49,4 +49,4 @@ def _told(name: str, figure: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(rows(json.loads(RESULTS.read_text()))))  # noqa: T201
+    print("\n".join(rows(json.loads(RESULTS.read_text()))))
