@@ -28,13 +28,13 @@ from coordinator.recipe import parse_recipe
 from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
 from coordinator.store import Store
-from edge_client import participate
 from protocol.bus import MemoryBroker
+from protocol.client_end import ClientEnd
 from protocol.codec import UPDATE_FACTORS, reference
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.events import PlanReady
 from protocol.link import Link
-from protocol.messages import TrainingResult
+from protocol.messages import RoundPlan, TrainingResult
 from protocol.parcel import Parcel, pack
 
 CLIENTS, ROUNDS, POINTS = 10, 3, 2.0
@@ -81,8 +81,8 @@ class Attackers:
     def close(self) -> None:
         self.engine.close()
 
-    def pack(self, result: TrainingResult) -> Parcel:
-        parcel = pack(result)
+    def pack(self, result: TrainingResult, plan: RoundPlan) -> Parcel:
+        parcel = pack(result, plan.run)
         if self.attack is None or not any(result is bad for bad in self.results):
             return parcel
         arrays = load(parcel.blob)
@@ -132,7 +132,7 @@ def federate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
             end = CoordinatorEnd("s6", random.Random(0))
             link = Link(CoordinatorBus(broker.connect(), fleet), end, fleet.clock)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(participate, "pack", engine.pack)
+                patch.setattr(ClientEnd, "pack", lambda _, result, plan: engine.pack(result, plan))
                 records = list(Federation(config, bench.bank, link, end, store).run())
             last = store.knowledge()
             shares_right = bench.judge.by_class(last, last.adapter, recipe.training(bench.depth))
