@@ -29,7 +29,7 @@ from clip_lora.towers import load_sizes
 from clipcast.demo.broker import embedded_broker
 from coordinator.config import CoordinatorConfig
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.config import Placement
 from edge_client.participate import participate

@@ -11,7 +11,7 @@ from clip_lora.algebra import A
 from protocol.buckets import bucket, most
 from protocol.codec import largest_update
 from protocol.messages import Adapter, Offer, RoundPlan, Update, Verdict
-from protocol.sealing import SEALING_BYTES
+from protocol.trust.sealing import SEALING_BYTES
 
 ACCEPTED = Verdict(accepted=True)
 UNIT_TOLERANCE = 0.05

@@ -12,7 +12,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.learning import Knowledge, Learner, Lesson
 from coordinator.on_demand import OnDemand, each
 from coordinator.records import Identity
-from coordinator.store import Store
+from coordinator.state.store import Store
 from protocol.bus import Action
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.messages import Recipe, RoundPlan, Status, TextBank

@@ -14,14 +14,14 @@ from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
-from coordinator.devices import Devices
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.judgement import Yardstick
 from coordinator.learning import NO_LESSON, Knowledge, Learner, stored
 from coordinator.model import LocalModel, Model
 from coordinator.planning import Planner, same
 from coordinator.records import RoundRecord
-from coordinator.store import Opened, Store
+from coordinator.state.devices import Devices
+from coordinator.state.store import Opened, Store
 from coordinator.summary import summary
 from protocol.bus import Action
 from protocol.coordinator_end import CoordinatorEnd

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from protocol.files import write_atomic
+from protocol.storage.files import write_atomic
 
 log = logging.getLogger(__name__)
 

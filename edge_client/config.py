@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from protocol.envelope import COORDINATOR
 from protocol.messages import Name, Recipe
 from protocol.settings import BrokerSettings, beside, load_settings, model_beside
-from protocol.signing import public_key
+from protocol.trust.signing import public_key
 
 DIGITS = "digits"
 

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 
 from clip_lora.towers import default_device
-from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import DIGITS, ClientConfig, Placement
 from edge_client.data import find_pictures, open_dataset
 from edge_client.participation import Participation
+from edge_client.privacy.budget import Budget
 from edge_client.train import Trainer
 from edge_client.work import Work
 from hardware_profiles.profile import Profile

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_client.errors import StateError
 from edge_client.work import Work
-from protocol.blobs import BlobError, Blobs
-from protocol.files import lock_folder, write_atomic
 from protocol.messages import Offer, Sha256
-from protocol.parcel import Parcel
+from protocol.storage.blobs import BlobError, Blobs
+from protocol.storage.files import lock_folder, write_atomic
+from protocol.transfer.parcel import Parcel
 
 log = logging.getLogger(__name__)
 

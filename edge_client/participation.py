@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from edge_client.work import Work, work_of
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
 from protocol.messages import RoundPlan, Status
-from protocol.parcel import Parcel
+from protocol.transfer.parcel import Parcel
 
 NOT_DRAWN = "not drawn for this round"
 

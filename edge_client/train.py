@@ -20,15 +20,15 @@ from clip_lora.algebra import rank_of
 from clip_lora.lora import adapter_state, freeze_factors, load_adapter
 from clip_lora.preprocess import Preprocessing
 from clip_lora.towers import ModelFacts, model_facts
-from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.data import Dataset
-from edge_client.disclose import disclose, parts_of
 from edge_client.encoder import ImageEncoder, encode
 from edge_client.encoders import Encoders
 from edge_client.errors import UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
+from edge_client.privacy.budget import Budget
+from edge_client.privacy.disclose import disclose, parts_of
 from edge_client.work import work_of
 from protocol.events import PlanReady
 from protocol.messages import Adapter, Recipe, TextBank, TrainingResult, Update

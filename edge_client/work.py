@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from protocol.events import PlanReady
-from protocol.parcel import Parcel
+from protocol.transfer.parcel import Parcel
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from export.errors import ExportError
 from export.graph import EMBEDS, OPSET, PIXELS, classifier_graph, join, preprocessing_graph
 from export.parity import MIN_COSINE, Parity, cosines, onnx_answers, torch_embeddings
 from protocol.codec import encode_adapter, sha256
-from protocol.files import write_atomic
 from protocol.messages import Adapter, FloatArray, TextBank
+from protocol.storage.files import write_atomic
 
 METADATA = "clipcast"
 MAX_BATCH = 1024

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
 from protocol.codec import decode_adapter, decode_bank
-from protocol.download import Download, Shelf
 from protocol.envelope import expect
 from protocol.errors import BusError, Refused, WireError
 from protocol.events import Answered, ClientEvent, Finished, LinkChanged, NotDrawn, Noticed, PlanReady, Unreadable
-from protocol.gate import Anchor, FirstUse, Gate
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -32,12 +30,14 @@ from protocol.messages import (
     TextBank,
     TrainingResult,
 )
-from protocol.parcel import Parcel, pack
-from protocol.sealing import purpose, seal
-from protocol.signing import Signer
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import CHUNK_EXPIRY_S, LASTING_CAP_S, PRESENCE_S, Repeat
-from protocol.upload import Upload
+from protocol.transfer.download import Download, Shelf
+from protocol.transfer.exchange import CHUNK_EXPIRY_S, LASTING_CAP_S, PRESENCE_S, Repeat
+from protocol.transfer.parcel import Parcel, pack
+from protocol.transfer.upload import Upload
+from protocol.trust.gate import Anchor, FirstUse, Gate
+from protocol.trust.sealing import purpose, seal
+from protocol.trust.signing import Signer
 
 log = logging.getLogger(__name__)
 

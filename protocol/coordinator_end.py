@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol import succession
-from protocol.at_rest import KeptBlob, kept
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.envelope import COORDINATOR, expect
@@ -29,7 +27,6 @@ from protocol.events import (
     UpdateArrived,
     UpdateUnreadable,
 )
-from protocol.gate import FirstUse, Gate, Trust
 from protocol.messages import (
     Adapter,
     BlobRef,
@@ -46,13 +43,16 @@ from protocol.messages import (
     TextBank,
     Verdict,
 )
-from protocol.notices import CLONED, Notices
-from protocol.partial import FilePartials, MemoryPartials, Partials
-from protocol.sealing import Unsealer, purpose
-from protocol.signing import Signer
+from protocol.storage.at_rest import KeptBlob, kept
+from protocol.storage.partial import FilePartials, MemoryPartials, Partials
 from protocol.topics import Address, Topics, parse
-from protocol.transfer import BROADCAST_S, CHUNK_EXPIRY_S, LASTING_CAP_S, NEED_S, Fetch, Repeat, Serve, chunk_size
-from protocol.turns import Turns
+from protocol.transfer.exchange import BROADCAST_S, CHUNK_EXPIRY_S, LASTING_CAP_S, NEED_S, Fetch, Repeat, Serve, chunk_size
+from protocol.transfer.turns import Turns
+from protocol.trust import succession
+from protocol.trust.gate import FirstUse, Gate, Trust
+from protocol.trust.notices import CLONED, Notices
+from protocol.trust.sealing import Unsealer, purpose
+from protocol.trust.signing import Signer
 
 log = logging.getLogger(__name__)
 

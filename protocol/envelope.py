@@ -2,8 +2,8 @@
 
 An envelope is canonical JSON with sorted keys and no spaces: `{"v", "federation", "sender", "instance", "kind", "sequence",
 "body"}`. Everything that a signature has to bind is inside these exact bytes, and these two functions are the only place
-where bytes become a manifest: signing.py signs what `encode` returns, and gate.py checks the signature before `decode`
-reads it.
+where bytes become a manifest: trust/signing.py signs what `encode` returns, and trust/gate.py checks the signature before
+`decode` reads it.
 """
 
 from __future__ import annotations

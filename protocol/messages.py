@@ -134,7 +134,7 @@ class RoundPlan(Manifest):
     it rounds only rise. `start` counts the coordinator's starts: what an earlier one accepted must
     be offered again. `classes` is the hash of the bank to train against. `adapter` is the global adapter; if
     `individual`, each participant starts from an adapter of its own instead, which a `ClientAdapter` names. With `seal_to`
-    updates are sealed to that public key (sealing.py).
+    updates are sealed to that public key (trust/sealing.py).
     """
 
     kind: ClassVar[str] = "round"
@@ -213,7 +213,7 @@ class Notice(Manifest):
 
 
 class Successor(Manifest):
-    """Names the coordinator's next key, in base64url; signed by the one before (succession.py). Says nothing else."""
+    """Names the coordinator's next key, in base64url; signed by the one before (trust/succession.py). Says nothing else."""
 
     kind: ClassVar[str] = "key"
     next: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]

@@ -8,9 +8,9 @@ from protocol.bus import Action, Connected, Delivery, Event, Subscribe
 from protocol.envelope import expect
 from protocol.errors import WireError
 from protocol.events import ClientSeen
-from protocol.gate import FirstUse, Gate
 from protocol.messages import Status
 from protocol.topics import Topics, parse
+from protocol.trust.gate import FirstUse, Gate
 
 log = logging.getLogger(__name__)
 

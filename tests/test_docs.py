@@ -13,8 +13,8 @@ import pytest
 
 from clipcast import exit_codes
 from protocol.envelope import COORDINATOR, KINDS, decode, encode
-from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
+from protocol.trust.signing import Signer, opened, signer_of
 
 ROOT = Path(__file__).parent.parent
 WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ from coordinator.personal import at_rank
 from coordinator.recipe import FederationRecipe
 from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.config import ClientConfig
 from edge_client.data import find_pictures
@@ -57,14 +57,14 @@ from protocol.codec import decode_update, encode_adapter, encode_update
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.envelope import decode, expect
 from protocol.events import ClientSeen, OfferMade, PlanReady, UpdateArrived
-from protocol.gate import Pinned
 from protocol.link import Link
 from protocol.messages import BlobRef, Offer, RoundPlan, Status, TrainingResult, Update, Verdict
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
 from protocol.settings import BrokerSettings
-from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
+from protocol.trust.gate import Pinned
+from protocol.trust.signing import Signer, opened, signer_of
 
 CLASSES = ("zero", "one", "two", "three")
 GIVEN: dict[str, Any] = {

@@ -16,15 +16,15 @@ from clip_lora.towers import one_thread
 from coordinator.config import CoordinatorConfig
 from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
-from edge_client.accounting import epsilon_of
 from edge_client.config import ClientConfig
 from edge_client.data import find_pictures
 from edge_client.device import new_client
-from edge_client.ledger import Ledger
 from edge_client.outbox import Outbox
 from edge_client.participate import participate
+from edge_client.privacy.accounting import epsilon_of
+from edge_client.privacy.ledger import Ledger
 from hardware_profiles.profile import load as load_profile
 from protocol.bus import MemoryBroker
 from protocol.client_end import ClientEnd

@@ -21,7 +21,7 @@ from edge_client.train import Trainer
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.events import PlanReady
 from protocol.messages import RoundPlan
-from protocol.parcel import pack
+from protocol.transfer.parcel import pack
 
 CLASSES = ("zero", "one", "two")
 HELD = {"ann": {"zero": 6, "one": 6, "two": 2}, "bob": {"zero": 2, "one": 6, "two": 6}, "cid": {"zero": 2, "two": 3}}

@@ -17,7 +17,7 @@ import pytest
 
 from coordinator.config import CoordinatorConfig
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.participate import participate
 from edge_client.participation import Participation

@@ -15,7 +15,7 @@ from clipcast.exit_codes import BROKER, WARNINGS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from protocol.findings import Finding
+    from protocol.broker.findings import Finding
     from protocol.settings import Participant
 
 app = typer.Typer(help="The MQTT broker between coordinator and clients.")
@@ -42,11 +42,11 @@ def config(
 
     Example: `clipcast broker config broker --federation lab --ca ca`
     """
-    from coordinator.authority import CRL
-    from coordinator.broker import mosquitto
-    from coordinator.emqx import emqx
-    from protocol.files import write_atomic
+    from coordinator.broker.authority import CRL
+    from coordinator.broker.emqx import emqx
+    from coordinator.broker.mosquitto import mosquitto
     from protocol.settings import SettingsError
+    from protocol.storage.files import write_atomic
 
     files = {Kind.MOSQUITTO: mosquitto, Kind.EMQX: emqx}[kind]
     for name, text in files(federation, folder, ca, server, port).items():
@@ -87,7 +87,7 @@ def check(
 
     Example: `clipcast broker check coordinator.toml`, `clipcast broker check mqtt://labserver`
     """
-    from protocol.broker_check import check as findings_of
+    from protocol.broker.check import check as findings_of
     from protocol.settings import Participant, load_settings, settings_of
     from protocol.topics import check_name
 

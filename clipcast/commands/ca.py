@@ -22,7 +22,7 @@ def init(
 
     Example: `clipcast ca init ca`
     """
-    from coordinator.authority import Authority
+    from coordinator.broker.authority import Authority
 
     Authority.create(folder, name)
     typer.echo(f"wrote {folder / 'ca.pem'} and {folder / 'ca.key'}. Next: clipcast ca issue broker {folder} --host HOST")
@@ -39,7 +39,7 @@ def issue(
 
     Example: `clipcast ca issue broker ca --host labserver --host 192.168.1.2`, `clipcast ca issue jetson-1 ca`
     """
-    from coordinator.authority import Authority
+    from coordinator.broker.authority import Authority
     from protocol.topics import check_name
 
     check_name(name, "name")
@@ -56,7 +56,7 @@ def revoke(
 
     Example: `clipcast ca revoke jetson-1 ca`. Who is connected stays so: `clipcast device revoke` cuts off within 5 s.
     """
-    from coordinator.authority import Authority
+    from coordinator.broker.authority import Authority
     from protocol.topics import check_name
 
     check_name(name, "name")

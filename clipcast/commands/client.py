@@ -74,9 +74,9 @@ def take_part(config: ClientConfig, prepare: Callable[[Work | None], tuple[Train
     """Take part until stopped. `prepare` makes what trains, once the broker has taken us in, from what the outbox holds."""
     from edge_client.outbox import Outbox
     from protocol.client_end import ClientEnd
-    from protocol.gate import Pinned
     from protocol.link import Link
     from protocol.mqtt import MqttBus
+    from protocol.trust.gate import Pinned
 
     outbox = Outbox(config.state)
     trust = Pinned(config.state / "coordinator.key", config.coordinator_key)
@@ -116,7 +116,7 @@ def key(
     Example: `clipcast client key client.toml`, `clipcast client key --new`
     """
     from edge_client.config import load
-    from protocol.signing import Signer, new_key
+    from protocol.trust.signing import Signer, new_key
 
     config = load(path)
     if new:

@@ -69,9 +69,9 @@ def conduct(config: CoordinatorConfig, model: Model) -> Iterator[RoundRecord]:
     Topics(config.federation)
     # The broker first: a wrong address should not cost the loading of a model.
     bus = MqttBus.open(config.broker, f"{config.federation}:coordinator")
-    from coordinator.devices import Devices
     from coordinator.rounds import Federation
-    from coordinator.store import Store
+    from coordinator.state.devices import Devices
+    from coordinator.state.store import Store
     from protocol.coordinator_end import CoordinatorEnd
     from protocol.link import Link
 
@@ -107,8 +107,8 @@ def key(
     Example: `clipcast coordinator key coordinator.toml`, `clipcast coordinator key --new`
     """
     from coordinator.config import load
-    from protocol.signing import Signer
-    from protocol.succession import rotate
+    from protocol.trust.signing import Signer
+    from protocol.trust.succession import rotate
 
     config = load(path)
     if new:
@@ -129,7 +129,7 @@ def rounds(
     Example: `clipcast coordinator rounds coordinator.toml`
     """
     from coordinator.config import load
-    from coordinator.store import Store
+    from coordinator.state.store import Store
 
     config = load(path)
     store = Store(config.state, config.journal, config.keep_rounds)

@@ -21,7 +21,7 @@ def show(settings: Settings = SETTINGS) -> None:
     Example: `clipcast device list --coordinator coordinator.toml`
     """
     from coordinator.config import load
-    from coordinator.store import Store
+    from coordinator.state.store import Store
 
     config = load(settings)
     for name, device in Store(config.state, config.journal).registry.devices().items():
@@ -40,10 +40,10 @@ def add(
     Example: `clipcast device add jetson-1 KEY`
     """
     from coordinator.config import load
-    from coordinator.store import Store
+    from coordinator.state.store import Store
     from protocol.settings import SettingsError
-    from protocol.signing import public_key
     from protocol.topics import check_name
+    from protocol.trust.signing import public_key
 
     config = load(settings)
     check_name(name, "device")
@@ -62,7 +62,7 @@ def revoke(name: Name, settings: Settings = SETTINGS) -> None:
     Example: `clipcast device revoke jetson-1`
     """
     from coordinator.config import load
-    from coordinator.store import Store
+    from coordinator.state.store import Store
     from protocol.settings import SettingsError
 
     config = load(settings)

@@ -28,7 +28,7 @@ def export(
     """
     from coordinator.config import load
     from coordinator.errors import FederationError
-    from coordinator.store import FIRST_BANK, Store
+    from coordinator.state.store import FIRST_BANK, Store
     from edge_client.data import find_pictures, readable_pictures
     from export.artefact import Source, export_artefact
 

@@ -24,15 +24,15 @@ from clipcast.demo.processes import Process, running, write_settings
 from clipcast.demo.settings import DemoSettings
 from clipcast.exit_codes import INTERRUPTED
 from coordinator.records import RoundRecord
-from coordinator.store import FIRST_BANK, Store
+from coordinator.state.store import FIRST_BANK, Store
 from edge_client.infer import Classifier
 from export.artefact import Source, export_artefact
 from protocol.events import ClientSeen
-from protocol.files import write_atomic
 from protocol.link import Link
 from protocol.mqtt import MqttBus
 from protocol.observer import Observer
 from protocol.settings import BrokerSettings, SettingsError
+from protocol.storage.files import write_atomic
 
 POLL_S = 0.5
 PARITY_PICTURES = 64

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Literal, Protocol
 
-from edge_client.budget import virtual_budget
 from edge_client.config import Placement
 from edge_client.encoders import Encoders
 from edge_client.errors import PlanRefusedError
+from edge_client.privacy.budget import virtual_budget
 from edge_client.train import OpenPictures, Trainer
 from protocol.events import PlanReady
 from protocol.messages import TrainingResult

@@ -23,7 +23,7 @@ from coordinator.learning import Knowledge
 from coordinator.recipe import FederationRecipe, parse_recipe
 from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.data import Dataset, Picture
 from edge_client.encoders import Encoders

@@ -22,8 +22,8 @@ from clipcast.simulate.report import HEADS, cells, markdown
 from clipcast.simulate.run import Bench, Row
 from clipcast.simulate.settings import SimulateSettings
 from coordinator.recipe import parse_recipe
-from protocol.files import write_atomic
 from protocol.settings import SettingsError
+from protocol.storage.files import write_atomic
 
 POLL_S = 0.5
 _worker: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from clipcast.simulate.run import Bench
 from clipcast.simulate.settings import SimulateSettings, parse_shots
 from clipcast.simulate.story import simulate
 from coordinator.errors import FederationError
-from edge_client.accounting import epsilon_of
+from edge_client.privacy.accounting import epsilon_of
 from protocol.settings import SettingsError
 
 SMALL = "+first_block=-1+local_steps=2+text.steps=5+personal.closing_steps=1"

@@ -17,7 +17,7 @@ from coordinator.errors import FederationError
 from coordinator.learning import Knowledge, Learner, class_accuracy, stored
 from coordinator.recipe import FederationRecipe
 from coordinator.records import AttentionRecord, Identity, RoundRecord, TextRecord, mean_told
-from coordinator.store import Store
+from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference, sha256
 from protocol.messages import Offer, RoundPlan, Update

@@ -15,11 +15,11 @@ from coordinator.learning import Knowledge, Learner, stored
 from coordinator.on_demand import OnDemand, each
 from coordinator.recipe import parse_recipe
 from coordinator.records import Identity, RoundRecord
-from coordinator.store import Store
-from protocol.at_rest import StoredAdapter
+from coordinator.state.store import Store
 from protocol.codec import decode_update, encode_adapter, encode_update, reference, sha256
 from protocol.events import UpdateArrived
 from protocol.messages import Offer, Recipe, RoundPlan, TextBank, Update
+from protocol.storage.at_rest import StoredAdapter
 
 LAYERS, RANK, SIDE, WIDTH, CLASSES = 24, 4, 1024, 8, 3
 SHAPES = {

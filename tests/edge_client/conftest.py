@@ -13,12 +13,12 @@ from clip_lora.lora import load_adapter
 from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_sizes, one_thread
 from coordinator.text_bank import make_bank
-from edge_client.budget import Budget
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.data import Dataset, find_pictures, open_dataset
 from edge_client.encoder import ImageEncoder
 from edge_client.encoders import Encoders
+from edge_client.privacy.budget import Budget
 from edge_client.train import Trainer
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.events import PlanReady

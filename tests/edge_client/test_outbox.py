@@ -11,7 +11,7 @@ import pytest
 from edge_client.errors import StateError
 from edge_client.outbox import Outbox, Work
 from protocol.messages import TrainingResult, Update
-from protocol.parcel import pack
+from protocol.transfer.parcel import pack
 
 
 def some_work(number=1):

@@ -11,7 +11,7 @@ from edge_client.participation import Announce, Participation, Send, Train, With
 from protocol.codec import reference
 from protocol.events import Answered, Finished, LinkChanged, NotDrawn, PlanReady, Unreadable
 from protocol.messages import Receipt, Recipe, RoundPlan, Status, TextBank, TrainingResult, Update
-from protocol.parcel import pack
+from protocol.transfer.parcel import pack
 
 BANK = TextBank(1, ("cat", "dog"), ("a {}",), np.eye(2, 4, dtype=np.float32), 14.0, "tiny-clip", "d" * 64)
 NONE = np.zeros(0, np.int32)

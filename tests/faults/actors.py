@@ -20,7 +20,7 @@ from edge_client.participation import Participation, Send, Step
 from edge_client.work import Work
 from protocol.events import Answered, ClientEvent, PlanReady
 from protocol.messages import RoundPlan, Status
-from protocol.parcel import Parcel
+from protocol.transfer.parcel import Parcel
 from tests.faults.light import LightTrainer
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 from protocol.codec import MAX_BANK_HEADER, MAX_HEADER
 from protocol.envelope import MAX_MANIFEST
-from protocol.partial import RECORD, _crc
-from protocol.signing import MAX_TOKEN
+from protocol.storage.partial import RECORD, _crc
+from protocol.trust.signing import MAX_TOKEN
 from tests.faults.fuzz_targets import SIGNER, TARGETS, TOPICS, seeds
 
 LIMIT_BYTES = 64 * 1024 * 1024

@@ -10,7 +10,7 @@ import json
 from protocol.bus import Delivery
 from protocol.envelope import decode
 from protocol.errors import WireError
-from protocol.signing import signer_of
+from protocol.trust.signing import signer_of
 from tests.faults.misplaced import elsewhere, misplaced_chunk, odd_size, repeated, signed_elsewhere, swapped_sender
 from tests.faults.rogue import Make, Rogue, b64, is_token, manifest_of, parts_of, payload_of, said
 

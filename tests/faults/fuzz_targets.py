@@ -31,12 +31,12 @@ with atheris.instrument_imports(include=["protocol"]) if atheris and __name__ ==
     )
     from protocol.envelope import MAX_MANIFEST, decode
     from protocol.errors import WireError
-    from protocol.gate import FirstUse, Gate
     from protocol.messages import MAX_BLOB_SIZE, MIN_CHUNK_SIZE, BlobRef, Need, Offer, Status
-    from protocol.partial import RECORD, _crc, _records
-    from protocol.signing import MAX_TOKEN, Signer, opened, signer_of
+    from protocol.storage.partial import RECORD, _crc, _records
     from protocol.topics import Topics, parse
-    from protocol.transfer import Fetch, Repeat, from_bitmap, to_bitmap
+    from protocol.transfer.exchange import Fetch, Repeat, from_bitmap, to_bitmap
+    from protocol.trust.gate import FirstUse, Gate
+    from protocol.trust.signing import MAX_TOKEN, Signer, opened, signer_of
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

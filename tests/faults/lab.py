@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.authority import Authority
-from coordinator.broker import mosquitto
+from coordinator.broker.authority import Authority
+from coordinator.broker.mosquitto import mosquitto
 from protocol.bus import Connected, Publish
 from protocol.mqtt import MqttBus
 from protocol.settings import BrokerSettings

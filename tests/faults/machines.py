@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.config import CoordinatorConfig
-from coordinator.devices import Devices
 from coordinator.recipe import parse_recipe
 from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.devices import Devices
+from coordinator.state.store import Store
 from edge_client.checkpoint import Checkpoint
 from edge_client.outbox import Outbox
 from edge_client.participate import carry_out, finished
@@ -29,9 +29,9 @@ from edge_client.participation import Participation, Step, Train
 from protocol.bus import Action, Disconnected, Event, Publish
 from protocol.client_end import ClientEnd
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.gate import Pinned
 from protocol.link import Link
 from protocol.messages import Status, TextBank, TrainingResult
+from protocol.trust.gate import Pinned
 from tests.faults.training import training
 from tests.network import Network
 

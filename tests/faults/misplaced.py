@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from protocol.bus import Delivery
 from protocol.envelope import decode
-from protocol.signing import MAX_TOKEN
 from protocol.topics import Topics, parse
+from protocol.trust.signing import MAX_TOKEN
 from tests.faults.rogue import Rogue, is_token, manifest_of, payload_of, said
 
 

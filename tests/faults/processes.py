@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 EVERYTHING = (
     "tests.faults.actors",
     "coordinator.rounds",
-    "coordinator.devices",
+    "coordinator.state.devices",
     "coordinator.text_bank",
     "edge_client.device",
 )

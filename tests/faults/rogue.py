@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from protocol.bus import Delivery
 from protocol.envelope import decode
 from protocol.messages import Manifest
-from protocol.signing import Signer, opened, signer_of
 from protocol.topics import parse
+from protocol.trust.signing import Signer, opened, signer_of
 
 HIGH = 10**9
 Make = Callable[["Rogue", Delivery], Delivery | None]

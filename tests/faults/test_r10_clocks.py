@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.authority import Authority
-from coordinator.broker import mosquitto
+from coordinator.broker.authority import Authority
+from coordinator.broker.mosquitto import mosquitto
 from tests.conftest import a_free_port
 from tests.faults.cast import BROKER, COORDINATOR, Cast, Mosquitto
 from tests.faults.evidence import records

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coordinator.store import KEEP_ROUNDS
+from coordinator.state.store import KEEP_ROUNDS
 from tests.faults.cast import BROKER, COORDINATOR, Cast, Embedded, Mosquitto, calm
 from tests.faults.evidence import counted_twice, lost, made, receipts, records
 from tests.faults.processes import Zygote

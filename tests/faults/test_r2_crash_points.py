@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.journal import FILE
-from coordinator.store import Store
+from coordinator.state.journal import FILE
+from coordinator.state.store import Store
 from tests.faults.disk import LIVE, SAFE, TORN, Calm, Disk, Disks, Image, Operation
 from tests.faults.disk_faults import Cut
 from tests.faults.machines import COORDINATOR, SMALL, WHOLE, Scenario

@@ -23,7 +23,7 @@ from protocol.bus import Publish
 from protocol.codec import decode_update, encode_adapter, reference, sha256
 from protocol.events import PlanReady, UpdateArrived
 from protocol.messages import Adapter, RoundPlan
-from protocol.parcel import pack
+from protocol.transfer.parcel import pack
 from tests.faults.disk import Disks
 from tests.faults.machines import CLASSES, WHOLE, a_bank
 from tests.faults.training import finish, training

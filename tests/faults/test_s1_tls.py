@@ -19,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from coordinator.authority import Authority
+from coordinator.broker.authority import Authority
 from protocol.bus import Connected
 from protocol.errors import BusError
 from protocol.mqtt import MqttBus

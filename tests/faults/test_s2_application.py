@@ -22,7 +22,6 @@ from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.envelope import COORDINATOR, KINDS
 from protocol.events import BrokerLink, ClientSeen, LinkChanged, NotDrawn, Noticed, OfferMade, PlanReady
-from protocol.gate import FirstUse
 from protocol.link import Link
 from protocol.messages import (
     ClassBankManifest,
@@ -39,10 +38,11 @@ from protocol.messages import (
     TextBank,
 )
 from protocol.mqtt import MqttBus
-from protocol.parcel import Parcel
 from protocol.settings import BrokerSettings
-from protocol.signing import Signer
 from protocol.topics import Topics, parse
+from protocol.transfer.parcel import Parcel
+from protocol.trust.gate import FirstUse
+from protocol.trust.signing import Signer
 from tests.conftest import wait_until
 from tests.faults.rights import DEVICES, LAB, SHA
 

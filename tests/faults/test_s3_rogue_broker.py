@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from protocol.bus import Delivery, Event
-from protocol.signing import Signer
 from protocol.topics import parse
+from protocol.trust.signing import Signer
 from tests.faults.disk import Disks
 from tests.faults.forgeries import forge
 from tests.faults.machines import COORDINATOR, FEDERATION, WHOLE

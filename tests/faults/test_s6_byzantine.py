@@ -27,7 +27,7 @@ from coordinator.defence import Defence
 from coordinator.recipe import parse_recipe
 from coordinator.records import RoundRecord
 from coordinator.rounds import Federation
-from coordinator.store import Store
+from coordinator.state.store import Store
 from protocol.bus import MemoryBroker
 from protocol.client_end import ClientEnd
 from protocol.codec import UPDATE_FACTORS, reference
@@ -35,7 +35,7 @@ from protocol.coordinator_end import CoordinatorEnd
 from protocol.events import PlanReady
 from protocol.link import Link
 from protocol.messages import RoundPlan, TrainingResult
-from protocol.parcel import Parcel, pack
+from protocol.transfer.parcel import Parcel, pack
 
 CLIENTS, ROUNDS, POINTS = 10, 3, 2.0
 NAMES = [f"client-{number:04d}" for number in range(1, CLIENTS + 1)]

@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 from clipcast.cli import app
 from coordinator.records import RoundRecord
-from coordinator.registry import Device
-from coordinator.store import Store
+from coordinator.state.registry import Device
+from coordinator.state.store import Store
 from protocol.bus import Action, Bus, Connected, Event, Publish
 from protocol.client_end import ClientEnd
 from protocol.events import Answered, Finished, LinkChanged, Noticed, PlanReady
-from protocol.gate import Pinned
 from protocol.link import Link
 from protocol.messages import Receipt, Status
-from protocol.signing import Signer
-from protocol.transfer import PACKET_MARGIN
+from protocol.transfer.exchange import PACKET_MARGIN
+from protocol.trust.gate import Pinned
+from protocol.trust.signing import Signer
 from tests.conftest import wait_until
 from tests.faults.lab import Lab, new_authority, secured_mosquitto
 from tests.faults.light import light_result
@@ -255,7 +255,7 @@ def test_s9_a_stolen_device_is_cut_off_while_it_uploads(lab: Lab, tmp_path: Path
             wait_until(lambda: watch.size > 20_000, LONG_S, what="eve's upload to be under way")
             cut = [sys.executable, "-m", "clipcast", "device", "revoke", "eve", "--coordinator", str(coordinator.settings)]
             with subprocess.Popen(cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as revoke:
-                wait_until(lambda: coordinator.devices()["eve"].revoked, LONG_S, what="the command to be done")
+                wait_until(lambda: coordinator.state.devices()["eve"].revoked, LONG_S, what="the command to be done")
                 revoked_at = time.monotonic()
             assert revoke.returncode == 0
             wait_until(lambda: watch.size == 0, LONG_S, what="eve's upload to be given up")

@@ -15,7 +15,7 @@ from edge_client.checkpoint import Checkpoint
 from protocol.codec import decode_update, encode_adapter, sha256
 from protocol.events import PlanReady
 from protocol.messages import RoundPlan
-from protocol.parcel import pack
+from protocol.transfer.parcel import pack
 from tests.faults.machines import a_bank
 from tests.faults.training import finish, training
 

@@ -12,17 +12,17 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.errors import FederationError
-from coordinator.journal import FILE
 from coordinator.records import RoundRecord
-from coordinator.store import Store
+from coordinator.state.journal import FILE
+from coordinator.state.store import Store
 from edge_client.errors import StateError
 from protocol.bus import Publish
 from protocol.codec import encode_adapter, encode_bank, sha256
 from protocol.envelope import decode
 from protocol.errors import KeyFileError, WireError
 from protocol.messages import Manifest, Offer, Receipt, RoundPlan
-from protocol.signing import key_text, opened, private_key, signer_of
 from protocol.topics import parse
+from protocol.trust.signing import key_text, opened, private_key, signer_of
 from tests.faults.disk import LIVE, Calm, Disk, Disks, PowerCut
 from tests.faults.machines import COORDINATOR, MODEL, ClientProcess, CoordinatorProcess, Scenario
 from tests.network import STEP_S, Network

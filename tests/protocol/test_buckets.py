@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from protocol.buckets import bucket, bucketed, most
 from protocol.codec import decode_update
 from protocol.messages import TrainingResult, Update
-from protocol.parcel import pack
+from protocol.transfer.parcel import pack
 
 
 def naive(count: int) -> int:

@@ -41,11 +41,11 @@ from protocol.messages import (
     Update,
     Verdict,
 )
-from protocol.parcel import Parcel, pack
-from protocol.sealing import SEALING_BYTES, Unsealer
-from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics, parse
-from protocol.transfer import cut_for, to_bitmap
+from protocol.transfer.exchange import cut_for, to_bitmap
+from protocol.transfer.parcel import Parcel, pack
+from protocol.trust.sealing import SEALING_BYTES, Unsealer
+from protocol.trust.signing import Signer, opened, signer_of
 
 TOPICS = Topics("fed")
 SMALL_PACKETS = 1600  # chunks of 1088 bytes: a few dozen a blob

@@ -34,10 +34,10 @@ from protocol.messages import (
     TrainingResult,
     Update,
 )
-from protocol.parcel import pack
-from protocol.signing import Signer, opened, signer_of
 from protocol.topics import Topics
-from protocol.transfer import to_bitmap
+from protocol.transfer.exchange import to_bitmap
+from protocol.transfer.parcel import pack
+from protocol.trust.signing import Signer, opened, signer_of
 
 TOPICS = Topics("fed")
 SHA = "ab" * 32

@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.at_rest import KeptBlob, StoredAdapter
-from protocol.blobs import Blobs
 from protocol.bus import Connected, Delivery, Publish, Subscribe
 from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter, encode_bank, reference
@@ -31,9 +29,11 @@ from protocol.messages import (
     RoundPlan,
     TextBank,
 )
-from protocol.signing import Signer, opened, signer_of
+from protocol.storage.at_rest import KeptBlob, StoredAdapter
+from protocol.storage.blobs import Blobs
 from protocol.topics import Topics, parse
-from protocol.transfer import PACKET_MARGIN, to_bitmap
+from protocol.transfer.exchange import PACKET_MARGIN, to_bitmap
+from protocol.trust.signing import Signer, opened, signer_of
 
 TOPICS = Topics("fed")
 SMALL_PACKETS = 1600  # chunks of 1088 bytes: a handful an adapter

@@ -1,0 +1,216 @@
+"""The journal: the tables in which a coordinator keeps what a restart must find, in SQLite or PostgreSQL.
+
+SQLite writes ahead and syncs at every commit (WAL, `synchronous=FULL`): what was committed survives `kill -9` and a power
+cut. The tables are the same on PostgreSQL. Blobs are files (protocol/storage/blobs.py); a row names them and is written
+after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    inspect,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+
+from coordinator.errors import FederationError, NotKeptError
+from protocol.storage.files import lock_folder, make_folder
+
+FILE = "journal.db"
+VERSION = 2
+EXAMPLE = "write e.g. postgresql+pg8000://user@host/name, or leave it out for a file in the state folder"
+
+_tables = MetaData()
+
+RUN = Table(
+    "run",
+    _tables,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+    Column("about", Text, nullable=False),
+)
+"""One row: this run of the federation (records.Run as JSON), and the version of these tables."""
+
+ROUNDS = Table(
+    "rounds",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("plan", Text, nullable=False),
+    Column("ranks", Text, nullable=False),
+    Column("bases", Text, nullable=False),
+    Column("record", Text),
+)
+"""A round: its plan, each participant's rank and the hash of the adapter that it starts from; its record once it is over.
+
+At most one has no record: the open one.
+"""
+
+UPDATES = Table(
+    "updates",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("client", String(128), primary_key=True),
+    Column("sha256", String(64), primary_key=True),
+    Column("offer", Text, nullable=False),
+    Column("accepted", Boolean, nullable=False),
+    Column("reason", String(64), nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("counts_in", Integer, nullable=False),
+    Column("blob", String(64)),
+)
+"""The answer to each update of a participant, by the round that it was trained for and the hash that it was offered by.
+
+An accepted one counts in the round `counts_in`, and until that is over it is kept as the blob `blob`: unsealed, if it was
+sealed.
+"""
+
+ONE_ACCEPTED = Index(
+    "one_accepted_update",
+    UPDATES.c.number,
+    UPDATES.c.client,
+    unique=True,
+    sqlite_where=UPDATES.c.accepted,
+    postgresql_where=UPDATES.c.accepted,
+)
+"""A client counts at most once in a round, whatever the code above believes."""
+
+KEPT = Table(
+    "kept",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("kind", String(16), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+)
+"""What each round made, by the hash of its blob: the global adapter, a bank, a text adapter, a client's own adapter."""
+
+
+DEVICES = Table(
+    "devices",
+    _tables,
+    Column("client", String(128), primary_key=True),
+    Column("key", String(64), nullable=False),
+    Column("revoked", Boolean, nullable=False),
+    Column("quarantined", Boolean, nullable=False),
+)
+"""The devices that are known, each with its public key (protocol/trust/signing.py).
+
+Quarantined is one whose name and key two devices use at the same time (protocol/trust/instances.py).
+"""
+
+
+class Journal:
+    """The tables of one federation, in a file of its state folder or in the database at `url`."""
+
+    def __init__(self, folder: Path, url: str | None = None) -> None:
+        self._folder = folder
+        self._file = folder / FILE if url is None else None
+        self._url = URL.create("sqlite", database=str(folder / FILE)) if url is None else _parse(url)
+        self._engine: Engine | None = None
+        self._lock: IO[bytes] | None = None
+
+    def __str__(self) -> str:
+        return str(self._file or self._url)  # SQLAlchemy hides the password
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection | None]:
+        """Give a connection to look with, None if nothing was ever written; raises FederationError."""
+        if self._file is not None and not self._file.exists():
+            yield None
+            return
+        with self._told(), self._open().connect() as connection:
+            yield connection if inspect(connection).has_table(RUN.name) else None
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Give a transaction: committed as a whole at the end, or not at all; raises FederationError."""
+        with self._told(), self._open().begin() as connection:
+            yield connection
+
+    def prepare(self) -> None:
+        """Make this process the only coordinator of the folder, and the tables; raises FederationError."""
+        if self._lock is None:
+            try:
+                self._lock = lock_folder(self._folder)
+            except BlockingIOError as error:
+                raise FederationError(
+                    f"another coordinator is at work in {self._folder}: stop it, or set `state` to a new folder"
+                ) from error
+            except OSError as error:
+                raise NotKeptError(f"{self._folder} cannot be written ({error}): make room there") from error
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Make the tables that are not there yet; also while a coordinator is at work. Raises FederationError."""
+        try:
+            make_folder(self._folder)
+        except OSError as error:
+            raise NotKeptError(f"{self._folder} cannot be written ({error}): make room there") from error
+        with self._told(), self._open().begin() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
+            _tables.create_all(connection)
+
+    def close(self) -> None:
+        """Let go of the folder and the database."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            self._engine = create_engine(self._url)
+            if self._engine.dialect.name == "sqlite":
+                event.listen(self._engine, "connect", _make_durable)
+        return self._engine
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what is wrong with the database in the operator's words."""
+        try:
+            yield
+        except (OperationalError, InterfaceError) as error:  # what the database says of its surroundings, not of its data
+            cause = str(error.orig).splitlines()[0]
+            cure = f"make room in {self._folder}; if the file is damaged, restore it" if self._file else "see its log"
+            raise NotKeptError(f"the journal {self} cannot be used ({cause}): {cure}") from error
+        except SQLAlchemyError as error:
+            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+            cure = f"restore it, or move {self._folder} aside to start anew" if self._file else "see its log"
+            raise FederationError(f"the journal {self} cannot be used ({cause}): {cure}") from error
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise FederationError(f"`journal` is not the address of a database: {EXAMPLE}") from error
+    if parsed.get_backend_name() != "postgresql":
+        raise FederationError(f"`journal` names a {parsed.get_backend_name()} database, PostgreSQL is supported: {EXAMPLE}")
+    return parsed
+
+
+def _make_durable(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout=30000", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

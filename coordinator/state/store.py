@@ -1,0 +1,424 @@
+"""A federation at rest: what it knew after each round, what the open round has collected, and the record of every round.
+
+state/journal.db     the journal (journal.py), unless `journal` names a database
+state/blobs/         adapters, class banks and the open round's updates, named by their hash (protocol/storage/blobs.py)
+state/lock           held by the coordinator that works here
+
+Every step of a round is one transaction that can be repeated: `open` a plan, `keep` an answer, `finish`. The blobs that it
+names are on the disk before it is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection, delete, insert, or_, select, update
+
+from clip_lora.errors import ModelError
+from clip_lora.shapes import Shapes, check_shapes
+from coordinator.aggregate import Contribution
+from coordinator.collection import Answer
+from coordinator.errors import FederationError, NotKeptError
+from coordinator.learning import NO_LESSON, Knowledge, Lesson
+from coordinator.records import Identity, RoundRecord, Run
+from coordinator.state.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
+from coordinator.state.registry import Registry
+from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
+from protocol.errors import WireError
+from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Update, Verdict
+from protocol.storage.at_rest import StoredAdapter
+from protocol.storage.blobs import BlobError, Blobs
+
+log = logging.getLogger(__name__)
+
+FIRST_BANK = 1
+ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
+KEEP_ROUNDS = 100
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A round that has begun: its plan, each participant's rank, and what was answered so far, in client order."""
+
+    plan: RoundPlan
+    ranks: Mapping[str, int]
+    accepted: Mapping[str, Contribution]
+    refused: tuple[Answer, ...]
+    came_late: tuple[tuple[str, Offer, Update], ...] = ()
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A round that is over: its plan, each participant's rank and start, and who had an update accepted for it."""
+
+    plan: RoundPlan
+    ranks: Mapping[str, int]
+    bases: Mapping[str, str]
+    counted: frozenset[str]
+
+
+class Store:
+    """The state of one federation. Only `begin` and what follows it writes; `close` lets another coordinator in."""
+
+    def __init__(self, folder: Path, journal: str | None = None, keep_rounds: int = KEEP_ROUNDS) -> None:
+        self.folder = folder
+        self.blobs = Blobs(folder / "blobs")
+        self._journal = Journal(folder, journal)
+        self.registry = Registry(self._journal)
+        self._keep_rounds = keep_rounds
+
+    def close(self) -> None:
+        """Let go of the folder and the database."""
+        self._journal.close()
+
+    def run(self) -> Run | None:
+        """Return what is known of this run, None before its first start; raises FederationError if it is unreadable."""
+        with self._journal.reading() as connection:
+            return self._run(connection) if connection is not None else None
+
+    def _run(self, connection: Connection) -> Run | None:
+        row = connection.execute(select(RUN.c.version, RUN.c.about)).one_or_none()
+        if row is None:
+            return None
+        if row.version != VERSION:
+            raise FederationError(
+                f"the journal {self._journal} is of version {row.version}, this clipcast reads {VERSION}: use the clipcast "
+                f"that wrote it, or set `state` to a new folder"
+            )
+        return _read(Run, row.about, self._journal)
+
+    def begin(self, identity: Identity) -> tuple[str, int]:
+        """Return the name of this run of the federation, made once, and how often the coordinator was started in it.
+
+        Raises FederationError if another coordinator is at work here, or the state is of another identity's federation.
+        """
+        self._journal.prepare()
+        with self._journal.writing() as connection:
+            known = self._run(connection)
+            run = known or Run(name=secrets.token_hex(8), starts=0, identity=identity)
+            changed = [key for key in Identity.model_fields if getattr(run.identity, key) != getattr(identity, key)]
+            if changed:
+                raise FederationError(
+                    f"{self.folder} holds the state of a federation with another {', '.join(changed)}: set `state` to a "
+                    f"new folder, or change the settings back"
+                )
+            run = run.model_copy(update={"starts": run.starts + 1})
+            if known is None and any(self.blobs.digests()):  # to sweep them would lose another journal's federation
+                raise FederationError(
+                    f"{self.blobs.folder} holds blobs that the journal {self._journal} knows nothing of: set `journal` "
+                    f"back, or `state` to a new folder"
+                )
+            if known is None:
+                connection.execute(insert(RUN).values(id=1, version=VERSION, about=run.model_dump_json()))
+            else:
+                connection.execute(update(RUN).values(about=run.model_dump_json()))
+            named = self._named(connection)
+        try:
+            self.blobs.sweep(named)
+        except OSError as error:
+            log.warning("what is no longer wanted in %s cannot be removed: %s", self.blobs.folder, error)
+        return run.name, run.starts
+
+    def records(self) -> list[RoundRecord]:
+        """Return the finished rounds; raises FederationError if they cannot be read."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return []
+            query = select(ROUNDS.c.record).where(ROUNDS.c.record.is_not(None)).order_by(ROUNDS.c.number)
+            return [_read(RoundRecord, text, self._journal) for text in connection.scalars(query)]
+
+    def resume(self, shapes: Shapes, text_shapes: Shapes | None) -> tuple[int, Knowledge | None]:
+        """Return the number of rounds done and what is known (None at the start); raises FederationError."""
+        records = self.records()
+        known = self.knowledge()
+        if known is None:
+            return 0, None
+        try:
+            check_shapes(known.adapter, shapes)
+            if known.text is not None and text_shapes is not None:
+                check_shapes(known.text, text_shapes)
+        except ModelError as error:
+            raise self._foreign(error) from error
+        return records[-1].round if records else 0, known
+
+    def knowledge(self) -> Knowledge | None:
+        """Return what is known after the last finished round, None before the first start; raises FederationError."""
+        newest: dict[tuple[str, str], str] = {}
+        versions: list[int] = []
+        with self._journal.reading() as connection:
+            if connection is None:
+                return None
+            for row in connection.execute(select(KEPT).order_by(KEPT.c.number)):
+                newest[row.kind, row.name] = row.sha256
+                if row.kind == BANK:
+                    versions.append(int(row.name))
+        if not newest:
+            return None
+        version = str(versions[-1])
+        text = newest.get((TEXT, version))
+        return Knowledge(
+            self._bank(newest[BANK, version]),
+            self._adapter(newest[ADAPTER, ""]),
+            self._adapter(text) if text is not None else None,
+            {name: self._stored(digest) for (kind, name), digest in sorted(newest.items()) if kind == OWN},
+        )
+
+    def adapter(self, number: int) -> Adapter:
+        """Return the global adapter after round `number`, 0 for the initial one; raises FederationError."""
+        return self._adapter(self._find(ADAPTER, "", number))
+
+    def own(self, number: int, client: str) -> Adapter:
+        """Return the adapter of its own that round `number` made for a client; raises FederationError."""
+        return self._adapter(self._find(OWN, client, number))
+
+    def bank(self, version: int) -> TextBank:
+        """Return a class bank by its version, which a round's record names; raises FederationError."""
+        return self._bank(self._find(BANK, str(version)))
+
+    def _find(self, kind: str, name: str, number: int | None = None) -> str:
+        query = select(KEPT.c.sha256).where(KEPT.c.kind == kind, KEPT.c.name == name)
+        if number is not None:
+            query = query.where(KEPT.c.number == number)
+        with self._journal.reading() as connection:
+            found = None if connection is None else connection.scalar(query)
+        if found is None:
+            what = " ".join(part for part in (name, kind) if part) + (f" of round {number}" if number is not None else "")
+            raise FederationError(f"{self.folder} holds no {what}: never made, or no longer kept (`keep_rounds`)")
+        return str(found)
+
+    def _adapter(self, digest: str) -> Adapter:
+        return self._decoded(digest)[0]
+
+    def _stored(self, digest: str) -> Adapter:
+        """Return an adapter that stays on the disk, and that was whole a moment ago."""
+        return StoredAdapter(self.blobs.path(digest), self._decoded(digest)[1])
+
+    def _decoded(self, digest: str) -> tuple[Adapter, bytes]:
+        blob = self._blob(digest)
+        try:
+            return decode_adapter(blob), blob
+        except WireError as error:
+            raise self._foreign(error) from error
+
+    def _bank(self, digest: str) -> TextBank:
+        try:
+            return decode_bank(self._blob(digest))
+        except WireError as error:
+            raise self._foreign(error) from error
+
+    def _blob(self, digest: str) -> bytes:
+        with self.intact():
+            return self.blobs.get(digest)
+
+    @contextmanager
+    def intact(self) -> Iterator[None]:
+        """Around whatever reads adapters that stay on the disk: raises FederationError if one was damaged meanwhile."""
+        try:
+            yield
+        except BlobError as error:
+            raise FederationError(
+                f"the journal names a blob that cannot be used ({error}): restore it, or move {self.folder} aside"
+            ) from error
+
+    def _foreign(self, error: Exception) -> FederationError:
+        return FederationError(f"{self.folder} holds the state of another federation ({error}): set `state` to a new folder")
+
+    def start(self, known: Knowledge) -> None:
+        """Keep what a new federation begins with."""
+        self._commit(0, known, NO_LESSON, None)
+
+    def open(self, plan: RoundPlan, ranks: Mapping[str, int], bases: Mapping[str, str]) -> None:
+        """Note that a round begins, each participant from the adapter whose hash is in `bases`.
+
+        What an abandoned one of the same number had collected is forgotten.
+        """
+        with self._journal.writing() as connection:
+            connection.execute(delete(UPDATES).where(UPDATES.c.counts_in == plan.round))
+            connection.execute(delete(ROUNDS).where(ROUNDS.c.number == plan.round))
+            connection.execute(
+                insert(ROUNDS).values(
+                    number=plan.round,
+                    plan=plan.model_dump_json(),
+                    ranks=json.dumps(dict(ranks)),
+                    bases=json.dumps(dict(bases)),
+                )
+            )
+
+    def opened(self) -> Opened | None:
+        """Return the round that had begun and not ended when the coordinator stopped; raises FederationError."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return None
+            row = connection.execute(select(ROUNDS).where(ROUNDS.c.record.is_(None))).one_or_none()
+            if row is None:
+                return None
+            query = select(UPDATES).where(UPDATES.c.counts_in == row.number).order_by(UPDATES.c.client, UPDATES.c.sha256)
+            answers = connection.execute(query).all()
+        accepted: dict[str, Contribution] = {}
+        refused: list[Answer] = []
+        came_late: list[tuple[str, Offer, Update]] = []
+        for found in answers:
+            offer = _read(Offer, found.offer, self._journal)
+            if not found.accepted:
+                refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
+                continue
+            blob = self._blob(found.blob)
+            update = self.at_rest(decode_update(blob), blob)
+            if found.number < row.number:
+                came_late.append((found.client, offer, update))
+            else:
+                accepted[found.client] = Contribution(offer, update)
+        plan = _read(RoundPlan, row.plan, self._journal)
+        return Opened(plan, json.loads(row.ranks), accepted, tuple(refused), tuple(came_late))
+
+    def earlier(self, number: int, back: int) -> list[Earlier]:
+        """Return the rounds before round `number`, at most `back` of them; raises FederationError."""
+        between = (ROUNDS.c.number < number, ROUNDS.c.number >= number - back)
+        with self._journal.reading() as connection:
+            if connection is None or not back:
+                return []
+            rows = connection.execute(select(ROUNDS).where(*between).order_by(ROUNDS.c.number)).all()
+            query = select(UPDATES.c.number, UPDATES.c.client).where(UPDATES.c.accepted, UPDATES.c.number >= number - back)
+            # What came late in the open round is not over yet: the round itself knows of it.
+            counted = connection.execute(query.where(UPDATES.c.counts_in < number)).all()
+        return [
+            Earlier(
+                _read(RoundPlan, row.plan, self._journal),
+                json.loads(row.ranks),
+                json.loads(row.bases),
+                frozenset(found.client for found in counted if found.number == row.number),
+            )
+            for row in rows
+        ]
+
+    def keep(self, answer: Answer, blob: bytes | None, counts_in: int) -> None:
+        """Keep the answer to an update, and if it is accepted the update: before the client hears of it. Idempotent.
+
+        It counts in round `counts_in`. Raises FederationError if it cannot be kept: then the client must not hear of it.
+        """
+        digest = None
+        if answer.verdict.accepted:
+            assert blob is not None
+            with self._writable():
+                digest = self.blobs.put(blob)
+        client, offer, verdict = answer.client, answer.offer, answer.verdict
+        with self._journal.writing() as connection:
+            if self._verdict(connection, client, offer) is not None:
+                return
+            connection.execute(
+                insert(UPDATES).values(
+                    number=offer.round,
+                    client=client,
+                    sha256=offer.blob.sha256,
+                    offer=offer.model_dump_json(),
+                    accepted=verdict.accepted,
+                    reason=verdict.reason,
+                    detail=verdict.detail,
+                    counts_in=counts_in,
+                    blob=digest,
+                )
+            )
+
+    def at_rest(self, update: Update, blob: bytes) -> Update:
+        """Return a kept update's twin whose adapter stays on the disk: in memory it would weigh twice its blob."""
+        return replace(update, adapter=StoredAdapter.of_update(self.blobs.path(sha256(blob)), blob))
+
+    def answered(self, client: str, offer: Offer) -> Answer | None:
+        """Return the answer that this very update got, in whatever round and before whatever restart."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return None
+            verdict = self._verdict(connection, client, offer)
+        return None if verdict is None else Answer(client, offer, verdict)
+
+    def _verdict(self, connection: Connection, client: str, offer: Offer) -> Verdict | None:
+        key = (UPDATES.c.number == offer.round, UPDATES.c.client == client, UPDATES.c.sha256 == offer.blob.sha256)
+        row = connection.execute(select(UPDATES.c.accepted, UPDATES.c.reason, UPDATES.c.detail).where(*key)).one_or_none()
+        return None if row is None else Verdict(row.accepted, row.reason, row.detail)
+
+    def prepare(self) -> None:
+        """Take the folder for this coordinator; raises FederationError if another one is at work there."""
+        self._journal.prepare()
+
+    def finish(self, record: RoundRecord, known: Knowledge, lesson: Lesson = NO_LESSON) -> Knowledge:
+        """End a round: keep its record and what it changed, forget its updates and what is older than is kept.
+
+        Returns what is known with clients' own adapters as they are kept: `known` may still make them from the updates.
+        """
+        return self._commit(record.round, known, lesson, record)
+
+    def _commit(self, number: int, known: Knowledge, lesson: Lesson, record: RoundRecord | None) -> Knowledge:
+        """Blobs first, clients' own adapters one after another; then one transaction, then what it left without a name."""
+        made = {(ADAPTER, ""): encode_adapter(known.adapter)}
+        if number == 0 or lesson.text is not None:
+            made[BANK, str(known.bank.version)] = encode_bank(known.bank)
+            if known.text is not None:
+                made[TEXT, str(known.bank.version)] = encode_adapter(known.text)
+        own = {client: known.own[client] for client in known.own if client not in lesson.renewed}
+        with self._writable(), self.intact():
+            digests = {key: self.blobs.put(blob) for key, blob in made.items()}
+            for client in lesson.renewed:
+                blob = encode_adapter(known.own[client])
+                digests[OWN, client] = self.blobs.put(blob)
+                own[client] = StoredAdapter(self.blobs.path(digests[OWN, client]), blob)
+        with self._journal.writing() as connection:
+            before = self._named(connection)
+            connection.execute(delete(KEPT).where(KEPT.c.number == number))
+            rows = [{"number": number, "kind": kind, "name": name, "sha256": d} for (kind, name), d in digests.items()]
+            connection.execute(insert(KEPT), rows)
+            if record is not None:
+                connection.execute(update(ROUNDS).where(ROUNDS.c.number == number).values(record=record.model_dump_json()))
+            self._prune(connection, number)
+            unnamed = before - self._named(connection)
+        for digest in unnamed:
+            try:
+                self.blobs.remove(digest)
+            except OSError as error:  # the next start removes it
+                log.warning("a blob that is no longer wanted cannot be removed: %s", error)
+        return replace(known, own=dict(sorted(own.items())))
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NotKeptError(
+                f"{self.folder} cannot be written ({error}): make room there; nothing that was kept is lost, and the same "
+                f"command goes on from it"
+            ) from error
+
+    def _prune(self, connection: Connection, number: int) -> None:
+        """Drop what rounds made before the last `keep_rounds`, but for the initial state and what is still the newest."""
+        newer = KEPT.alias()
+        surpassed = select(newer.c.number).where(
+            newer.c.kind == KEPT.c.kind,
+            newer.c.number > KEPT.c.number,
+            or_(KEPT.c.kind != OWN, newer.c.name == KEPT.c.name),
+        )
+        old = KEPT.c.number.between(1, number - self._keep_rounds)
+        connection.execute(delete(KEPT).where(old, surpassed.exists()))
+
+    def _named(self, connection: Connection) -> set[str]:
+        """Return the hashes of the blobs that are still wanted: what was made, and the open round's accepted updates."""
+        open_rounds = select(ROUNDS.c.number).where(ROUNDS.c.record.is_(None))
+        held = select(UPDATES.c.blob).where(UPDATES.c.accepted, UPDATES.c.counts_in.in_(open_rounds))
+        return {*connection.scalars(select(KEPT.c.sha256)), *connection.scalars(held)}
+
+
+def _read(schema: type[Model], text: str, journal: Journal) -> Model:
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        raise FederationError(
+            f"the journal {journal} holds a damaged {schema.__name__}, or one of another version: restore it, or set "
+            f"`state` to a new folder to start anew"
+        ) from error

@@ -1,0 +1,1 @@
+"""A live broker, measured before a federation trusts it with its messages."""

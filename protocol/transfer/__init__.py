@@ -1,0 +1,1 @@
+"""Blobs on their way: offer, need, chunks, receipt, in both directions."""
