@@ -188,10 +188,9 @@ class ClientEnd:
         return self._fetch(self._bank, actions)
 
     def _round(self, plan: RoundPlan) -> tuple[list[Action], list[ClientEvent]]:
-        known = self._plan
-        if known is not None and plan.run == known.run and plan.round < known.round:
-            return [], []  # an old plan that comes again
-        if plan == known:
+        # An old one that comes again has an old number. One of an earlier round with a new number is news: the coordinator
+        # was set back to a backup.
+        if plan == self._plan:
             return [], []  # said again
         self._plan = plan
         if plan.state == "finished":
@@ -202,8 +201,8 @@ class ClientEnd:
 
     def _own_adapter(self, manifest: ClientAdapter) -> tuple[list[Action], list[ClientEvent]]:
         known, plan = self._own.get(manifest.run), self._plan
-        if known is not None and manifest.round < known.round:
-            return [], []  # late: a newer round's is here
+        if known is not None and manifest.round < known.round and (plan is None or plan.round != manifest.round):
+            return [], []  # late: a newer round's is here. Of a coordinator that was set back it is said again
         current = {run: own for run, own in self._own.items() if plan is not None and run == plan.run}
         self._own = {**current, manifest.run: manifest}
         return self._want_start()

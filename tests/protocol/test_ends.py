@@ -181,6 +181,22 @@ def test_manifests_may_come_in_any_order(order):
     assert len(chunks) == (1 if order.index("need") < order.index("receipt") else 0)
 
 
+def test_a_coordinator_that_was_set_back_to_an_earlier_round_is_followed():
+    end = ClientEnd("fed", "a", random.Random(0))
+    end.handle(Connected(SMALL_PACKETS), 0.0)
+    ready = []
+    for number in (7, 6):
+        bank, adapter = encode_bank(a_bank()), encode_adapter(an_adapter(number))
+        bank_ref, adapter_ref = reference(bank, MIN_CHUNK_SIZE), reference(adapter, MIN_CHUNK_SIZE)
+        end.handle(manifest_on(TOPICS.broadcast("classes"), ClassBankManifest(version=1, blob=bank_ref)), 1.0)
+        end.handle(manifest_on(TOPICS.broadcast("round"), a_plan(adapter_ref, bank_ref, number)), 1.0)
+        for blob, ref in ((bank, bank_ref), (adapter, adapter_ref)):
+            for index in range(ref.chunks):
+                data = blob[index * MIN_CHUNK_SIZE : (index + 1) * MIN_CHUNK_SIZE]
+                ready += end.handle(Delivery(TOPICS.blob(ref.sha256, index), data), 2.0)[1]
+    assert [event.plan.round for event in ready if isinstance(event, PlanReady)] == [7, 6]
+
+
 def test_a_finished_federation_is_told_without_its_last_adapter(new_network):
     network = new_network("a")
     coordinator = network.ends["coordinator"]

@@ -247,10 +247,11 @@ def test_a_damaged_blob_is_asked_for_again():
 
 def test_a_stale_plan_that_comes_again_is_not_ready_again():
     end = new_client()
-    first = give(end, the_bank(), the_round(a_plan(1)), *chunks(BANK_BLOB), *chunks(ADAPTER_BLOB))
+    stale = the_round(a_plan(1)).delivery()
+    first = give(end, stale, the_bank(), *chunks(BANK_BLOB), *chunks(ADAPTER_BLOB))
     second = give(end, the_round(a_plan(2)))
     assert [event.plan.round for event in first + second] == [1, 2]
-    assert give(end, the_round(a_plan(1))) == []
+    assert give(end, stale) == []
 
 
 def test_blobs_cut_anew_by_a_restarted_coordinator_still_arrive():
