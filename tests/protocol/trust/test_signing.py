@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from protocol.envelope import Envelope, decode
 from protocol.errors import KeyFileError, Refused
 from protocol.messages import Status
-from protocol.trust.signing import RESERVED, FileSequence, Signer, key_text, opened, private_key, public_key, signer_of
+from protocol.trust.signing import FileSequence, Signer, key_text, opened, private_key, public_key, signer_of
 
 STATUS = Status(state="online")
 # RFC 8037, appendix A: the key pair of its example.
@@ -155,14 +155,29 @@ def test_a_file_that_is_no_ed25519_key_is_named(tmp_path):
 @given(st.lists(st.integers(1, 2500), min_size=1, max_size=6))
 @settings(deadline=None, max_examples=30)
 def test_numbers_rise_however_often_the_process_dies(tmp_path_factory, lives):
-    path, last = tmp_path_factory.mktemp("sequence") / "sequence", 0
-    for numbers in lives:
-        sequence = FileSequence(path)
-        for _ in range(numbers):
-            number = sequence.next()
-            assert number > last
-            last = number
-    assert last <= sum(lives) + len(lives) * RESERVED * 3 // 2
+    path, last, ahead = tmp_path_factory.mktemp("sequence") / "sequence", 0, 1000
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("protocol.trust.signing.RESERVED", ahead)  # so that a life needs several
+        for numbers in lives:
+            sequence = FileSequence(path)
+            for _ in range(numbers):
+                number = sequence.next()
+                assert number > last
+                last = number
+    assert last <= sum(lives) + len(lives) * ahead * 3 // 2
+
+
+def test_a_disk_that_is_full_for_an_hour_leaves_enough_numbers_for_a_thousand_clients(tmp_path, monkeypatch):
+    sequence = FileSequence(tmp_path / "sequence")
+    sequence.next()
+
+    def no_room(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("protocol.trust.signing.write_atomic", no_room)
+    first = sequence.next()
+    # What is retained for each of a thousand clients is said again after 10, 20, 40, 80, 160 and then every 300 s.
+    assert [sequence.next() for _ in range(1000 * 17)][-1] == first + 17_000
 
 
 def test_a_number_that_cannot_be_kept_is_not_used(tmp_path):
