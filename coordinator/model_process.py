@@ -6,8 +6,10 @@ Only this process and its child speak over the pipe between them; nothing that c
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import signal
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,6 +22,11 @@ from coordinator.model import LocalModel
 from coordinator.recipe import TextTraining
 from coordinator.text_samples import TextLoss, TextSamples
 from protocol.messages import Adapter, TextBank
+
+log = logging.getLogger(__name__)
+
+TOLD_S = 30.0
+LIMIT_S = 4 * 3600.0
 
 
 class ModelProcess:
@@ -76,6 +83,7 @@ class ModelProcess:
         assert self._pipe is not None
         try:
             self._pipe.send((question, arguments))
+            self._await(question)
             answer, error = self._pipe.recv()
         except (EOFError, OSError) as broken:
             self._process.join(5.0)
@@ -86,6 +94,19 @@ class ModelProcess:
         if error is not None:
             raise error
         return answer
+
+    def _await(self, question: str) -> None:
+        """Wait for an answer, and say so; raises FederationError after hours without one."""
+        assert self._pipe is not None
+        started = time.monotonic()
+        while not self._pipe.poll(TOLD_S):
+            waited = time.monotonic() - started
+            log.warning("the model is at work for %.0f s (%s)", waited, question)
+            if waited > LIMIT_S:
+                raise FederationError(
+                    f"the process that holds the model has not answered for {waited:.0f} s ({question}): is it stopped, or "
+                    f"its disk away? What was collected is kept; the same command goes on from it"
+                )
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share the broker's connection and its threads

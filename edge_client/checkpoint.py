@@ -6,6 +6,7 @@ state needs no place: batches are drawn from the round's seed, and those already
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from protocol.storage.files import write_atomic
+from protocol.storage.files import remove_halves, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Checkpoint:
 
     def __init__(self, path: Path, every_s: float = EVERY_S) -> None:
         self._path = path
+        with contextlib.suppress(OSError):
+            remove_halves(path)  # a power cut while it was written leaves one of its size, each time
         self._every_s = every_s
         self._last = time.monotonic()
 

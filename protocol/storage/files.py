@@ -27,6 +27,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_halves(path: Path) -> None:
+    """Remove what writers of `path` that died have left half written. Nobody may be writing it."""
+    for half in path.parent.glob(f".{path.name}.*"):
+        half.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, that survive a power cut."""
     if not folder.is_dir():

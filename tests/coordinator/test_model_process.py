@@ -79,6 +79,18 @@ def test_if_it_is_killed_that_is_told_and_the_next_question_starts_another_one()
     assert not is_alive(pid)
 
 
+def test_if_it_is_stopped_that_is_told_and_ends(monkeypatch, caplog):
+    monkeypatch.setattr("coordinator.model_process.TOLD_S", 0.05)
+    with ModelProcess("tiny-clip") as model:
+        model.sizes()
+        caplog.clear()
+        monkeypatch.setattr("coordinator.model_process.LIMIT_S", 0.2)
+        os.kill(model._process.pid, signal.SIGSTOP)
+        with pytest.raises(FederationError, match="has not answered"):
+            model.sizes()
+    assert "the model is at work" in caplog.text
+
+
 def test_it_does_not_outlive_a_parent_that_is_killed():
     program = textwrap.dedent("""
         import time

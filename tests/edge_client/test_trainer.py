@@ -173,7 +173,9 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_bits(make_tr
     calm = make_trainer().run(long_ready, never)
     path = tmp_path / "checkpoint"
     stopped, killed = killed_after(steps)
+    (half := path.with_name(f".{path.name}.abcdefgh")).write_bytes(b"half of one")  # as a power cut leaves it
     trainer = make_trainer(checkpoint=Checkpoint(path, every_s=0.0))
+    assert not half.exists()
     with pytest.raises(killed):
         trainer.run(long_ready, stopped)
     taken = []
