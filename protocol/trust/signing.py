@@ -60,8 +60,8 @@ class MemorySequence:
 class FileSequence:
     """A sequence in a file. It holds how far numbers are reserved, so that very many cost one write.
 
-    They are reserved far ahead: a disk that takes nothing for an hour silences nobody, not even a coordinator with a thousand
-    clients, and a restart may leave a gap.
+    They are reserved far ahead: a disk that takes nothing for an hour silences nobody, not even a coordinator with a
+    thousand clients, and a restart may leave a gap.
     """
 
     def __init__(self, path: Path) -> None:

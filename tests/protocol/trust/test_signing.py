@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_for_an_hour_leaves_enough_numbers_for_a_thousand_cl
     sequence = FileSequence(tmp_path / "sequence")
     sequence.next()
 
-    def no_room(path: Path, data: bytes) -> None:
+    def no_room(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("protocol.trust.signing.write_atomic", no_room)
