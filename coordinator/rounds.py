@@ -154,7 +154,7 @@ class Federation:
 
     def _begin(self, number: int, known: Knowledge) -> tuple[float, Collection]:
         """Publish a round's plan once it is in the journal; a round that a restart interrupted goes on with what it had."""
-        opened = self._store.opened()
+        opened = self._insist(self._store.opened)
         ranks = opened.ranks if opened is not None else self._draw(number)
         started = self._clock()
         expected, announced = self._planner.plan(number, known, ranks)
@@ -168,7 +168,7 @@ class Federation:
         elif opened.accepted:
             log.info("round %d goes on with the updates of %s", number, ", ".join(opened.accepted))
         self._publish(expected, announced)
-        late = self._planner.late(number, expected, known)
+        late = self._insist(lambda: self._planner.late(number, expected, known))
         came_late = {
             client: Contribution(offer, update, late[offer.round].discount)
             for client, offer, update in opened.came_late
@@ -239,7 +239,11 @@ class Federation:
 
         Between rounds, without a collection, those from round `oldest` on are left for the next one.
         """
-        earlier = self._store.answered(event.client, event.offer) if isinstance(event, OfferMade) else None
+        try:
+            earlier = self._store.answered(event.client, event.offer) if isinstance(event, OfferMade) else None
+        except NotKeptError as error:  # it is offered again
+            log.error("no answer for %s yet: %s", event, error)  # noqa: TRY400 - no bug, no traceback
+            return
         if earlier is not None:
             self._reply(earlier)
             return

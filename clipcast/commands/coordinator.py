@@ -67,17 +67,22 @@ def conduct(config: CoordinatorConfig, model: Model) -> Iterator[RoundRecord]:
     from protocol.topics import Topics
 
     Topics(config.federation)
-    # The broker first: a wrong address should not cost the loading of a model.
-    bus = MqttBus.open(config.broker, f"{config.federation}:coordinator")
     from coordinator.rounds import Federation
     from coordinator.state.devices import Devices
     from coordinator.state.store import Store
     from protocol.coordinator_end import CoordinatorEnd
     from protocol.link import Link
 
+    # The lock before the broker, which would throw out a coordinator at work for one of its name.
+    store = Store(config.state, config.journal, config.keep_rounds)
+    store.prepare()
+    # The broker before the model: a wrong address should not cost the loading of one.
     try:
-        store = Store(config.state, config.journal, config.keep_rounds)
-        store.prepare()
+        bus = MqttBus.open(config.broker, f"{config.federation}:coordinator")
+    except BaseException:
+        store.close()
+        raise
+    try:
         devices = Devices(store, config.admission)
         end = CoordinatorEnd(
             config.federation,
@@ -94,6 +99,7 @@ def conduct(config: CoordinatorConfig, model: Model) -> Iterator[RoundRecord]:
         yield from federation.run()
     finally:
         bus.close()
+        store.close()
 
 
 @app.command()
@@ -133,16 +139,15 @@ def rounds(
 
     config = load(path)
     store = Store(config.state, config.journal, config.keep_rounds)
-    records, opened = store.records(), store.opened()
+    records, now = store.records(), store.progress()
     for record in records:
         typer.echo(record.model_dump_json() if as_json else _line(record))
     if as_json:
         return
-    if opened is not None:
-        waits = ", ".join(sorted(opened.ranks.keys() - opened.accepted.keys())) or "nobody"
+    if now is not None:
+        waits = ", ".join(now.awaited) or "nobody"
         typer.echo(
-            f"round {opened.plan.round}: open, {len(opened.accepted)} accepted, {len(opened.refused)} rejected, "
-            f"no update yet of {waits}"
+            f"round {now.round}: open, {len(now.accepted)} accepted, {now.rejected} rejected, no update yet of {waits}"
         )
     elif not records:
         typer.echo(f"no round yet in {config.state}: `clipcast coordinator run {path}` begins the first")

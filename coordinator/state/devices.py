@@ -36,6 +36,7 @@ class Devices:
         self._read = clock()
         self._unkept: dict[str, Device] = {}
         self._kept = -math.inf
+        self._away = False
 
     def check(self, sender: str, key: str) -> None:
         """Raise Refused if the sender is unknown and may not register, is revoked, or is known by another key."""
@@ -102,5 +103,14 @@ class Devices:
         if self._clock() - self._read < REFRESH_S:
             return set()
         self.keep()
-        before, self._known, self._read = self._known, self._registry.devices() | self._unkept, self._clock()
+        self._read = self._clock()
+        try:
+            read = self._registry.devices()
+        except NotKeptError as error:
+            if not self._away:
+                log.error("no news of devices that are revoked or added: %s", error)  # noqa: TRY400 - no bug, no traceback
+            self._away = True
+            return set()
+        self._away = False
+        before, self._known = self._known, read | self._unkept
         return {name for name, device in self._known.items() if name in before and before[name] != device}

@@ -25,16 +25,23 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    func,
     inspect,
+    select,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from coordinator.errors import FederationError, NotKeptError
 from protocol.storage.files import lock_folder, make_folder
 
 FILE = "journal.db"
-VERSION = 2
+VERSION = 3
+SILENCE_S = 30  # a database that answers nothing for so long is taken for away
+LEASE = 0x636C6970  # the advisory lock of the coordinator at work: one database, one federation
+# PostgreSQL's classes of errors that are about its surroundings, not about what it was asked: connections, no room,
+# read-only, shutting down, its disk.
+PASSING = ("08", "25", "53", "55", "57", "58")
 EXAMPLE = "write e.g. postgresql+pg8000://user@host/name, or leave it out for a file in the state folder"
 
 _tables = MetaData()
@@ -125,6 +132,7 @@ class Journal:
         self._url = URL.create("sqlite", database=str(folder / FILE)) if url is None else _parse(url)
         self._engine: Engine | None = None
         self._lock: IO[bytes] | None = None
+        self._lease: Connection | None = None
 
     def __str__(self) -> str:
         return str(self._file or self._url)  # SQLAlchemy hides the password
@@ -135,13 +143,13 @@ class Journal:
         if self._file is not None and not self._file.exists():
             yield None
             return
-        with self._told(), self._open().connect() as connection:
-            yield connection if inspect(connection).has_table(RUN.name) else None
+        with self._told(), self._connect() as connection:
+            yield connection if self._is_ours(connection) else None
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Give a transaction: committed as a whole at the end, or not at all; raises FederationError."""
-        with self._told(), self._open().begin() as connection:
+        with self._told(), self._connect() as connection, connection.begin():
             yield connection
 
     def prepare(self) -> None:
@@ -154,22 +162,53 @@ class Journal:
                     f"another coordinator is at work in {self._folder}: stop it, or set `state` to a new folder"
                 ) from error
             except OSError as error:
-                raise NotKeptError(f"{self._folder} cannot be written ({error}): make room there") from error
+                raise not_written(self._folder, error) from error
         self.make_tables()
+        self._take_lease()
 
     def make_tables(self) -> None:
         """Make the tables that are not there yet; also while a coordinator is at work. Raises FederationError."""
         try:
             make_folder(self._folder)
         except OSError as error:
-            raise NotKeptError(f"{self._folder} cannot be written ({error}): make room there") from error
-        with self._told(), self._open().begin() as connection:
+            raise not_written(self._folder, error) from error
+        with self._told(), self._connect() as connection, connection.begin():
+            self._is_ours(connection)
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
             _tables.create_all(connection)
 
+    def _is_ours(self, connection: Connection) -> bool:
+        """Whether there are tables; raises FederationError if they are of another version."""
+        if not inspect(connection).has_table(RUN.name):
+            return False
+        found = connection.scalar(select(RUN.c.version))
+        if found not in (None, VERSION):
+            raise FederationError(
+                f"the journal {self} is of version {found}, this clipcast reads {VERSION}: use the clipcast that wrote it, "
+                f"or set `state` to a new folder (and `journal` to a new database)"
+            )
+        return True
+
+    def _take_lease(self) -> None:
+        """Keep a second coordinator with another folder out of the database, for as long as this connection lives."""
+        if self._file is not None or self._lease is not None:
+            return
+        with self._told():
+            lease = self._connect().execution_options(isolation_level="AUTOCOMMIT")
+            taken = lease.scalar(select(func.pg_try_advisory_lock(LEASE)))
+        if not taken:
+            lease.close()
+            raise FederationError(
+                f"another coordinator is at work with the journal {self}: stop it, or name another database"
+            )
+        self._lease = lease
+
     def close(self) -> None:
         """Let go of the folder and the database."""
+        if self._lease is not None:
+            self._lease.invalidate()  # closed for real: in the pool it would go on holding the lock
+            self._lease = None
         if self._engine is not None:
             self._engine.dispose()
             self._engine = None
@@ -179,24 +218,64 @@ class Journal:
 
     def _open(self) -> Engine:
         if self._engine is None:
-            self._engine = create_engine(self._url)
+            self._engine = create_engine(self._url, connect_args=self._patience())
             if self._engine.dialect.name == "sqlite":
                 event.listen(self._engine, "connect", _make_durable)
         return self._engine
+
+    def _connect(self) -> Connection:
+        """Return a connection that works: of a server that was restarted the pool holds dead ones, and pg8000 hides that."""
+        connection = self._open().connect()
+        if self._file is None:
+            try:
+                connection.exec_driver_sql("SELECT 1")
+                connection.rollback()
+            except (SQLAlchemyError, OSError):
+                connection.invalidate()
+                self._open().dispose()
+                return self._open().connect()
+        return connection
+
+    def _patience(self) -> dict[str, float]:
+        return {"timeout": SILENCE_S} if self._url.get_driver_name() == "pg8000" else {}
 
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Say what is wrong with the database in the operator's words."""
         try:
             yield
-        except (OperationalError, InterfaceError) as error:  # what the database says of its surroundings, not of its data
-            cause = str(error.orig).splitlines()[0]
-            cure = f"make room in {self._folder}; if the file is damaged, restore it" if self._file else "see its log"
-            raise NotKeptError(f"the journal {self} cannot be used ({cause}): {cure}") from error
-        except SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+        except (SQLAlchemyError, OSError) as error:  # pg8000 lets a socket's own errors through
+            if _passes(error):
+                cure = f"make room in {self._folder}; if the file is damaged, restore it" if self._file else "see its log"
+                raise NotKeptError(f"the journal {self} cannot be used ({_cause(error)}): {cure}") from error
             cure = f"restore it, or move {self._folder} aside to start anew" if self._file else "see its log"
-            raise FederationError(f"the journal {self} cannot be used ({cause}): {cure}") from error
+            raise FederationError(f"the journal {self} cannot be used ({_cause(error)}): {cure}") from error
+
+
+def not_written(folder: Path, error: OSError) -> NotKeptError:
+    """Return what to say of a folder that takes nothing."""
+    cure = "give this user the right to write there" if isinstance(error, PermissionError) else "make room there"
+    return NotKeptError(f"{folder} cannot be written ({error}): {cure}")
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error is about the database's surroundings, so that the same may work a little later."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OSError)
+    if code := _said(error).get("C"):
+        return code[:2] in PASSING
+    return isinstance(error, OperationalError | InterfaceError) and "no such" not in str(error.orig)
+
+
+def _cause(error: Exception) -> str:
+    told = _said(error).get("M") or str(getattr(error, "orig", None) or error)
+    return (told.splitlines() or [type(error).__name__])[0]
+
+
+def _said(error: Exception) -> dict[str, str]:
+    """Return what PostgreSQL says of an error, by the letters of its protocol: C the code, M the message."""
+    arguments = getattr(getattr(error, "orig", None), "args", ())
+    return arguments[0] if arguments and isinstance(arguments[0], dict) else {}
 
 
 def _parse(url: str) -> URL:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from clip_lora.errors import ModelError
 from clip_lora.shapes import Shapes, check_shapes
@@ -29,7 +29,7 @@ from coordinator.collection import Answer
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
-from coordinator.state.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal
+from coordinator.state.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal, not_written
 from coordinator.state.registry import Registry
 from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
 from protocol.errors import WireError
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 FIRST_BANK = 1
 ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
 KEEP_ROUNDS = 100
+LAST_ROUND = 2**31 - 1
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -54,6 +55,16 @@ class Opened:
     accepted: Mapping[str, Contribution]
     refused: tuple[Answer, ...]
     came_late: tuple[tuple[str, Offer, Update], ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the open round is: who was accepted, how many updates were rejected, of whom there is none yet."""
+
+    round: int
+    accepted: tuple[str, ...]
+    rejected: int
+    awaited: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,14 +97,9 @@ class Store:
             return self._run(connection) if connection is not None else None
 
     def _run(self, connection: Connection) -> Run | None:
-        row = connection.execute(select(RUN.c.version, RUN.c.about)).one_or_none()
+        row = connection.execute(select(RUN.c.about)).one_or_none()
         if row is None:
             return None
-        if row.version != VERSION:
-            raise FederationError(
-                f"the journal {self._journal} is of version {row.version}, this clipcast reads {VERSION}: use the clipcast "
-                f"that wrote it, or set `state` to a new folder"
-            )
         return _read(Run, row.about, self._journal)
 
     def begin(self, identity: Identity) -> tuple[str, int]:
@@ -138,7 +144,6 @@ class Store:
 
     def resume(self, shapes: Shapes, text_shapes: Shapes | None) -> tuple[int, Knowledge | None]:
         """Return the number of rounds done and what is known (None at the start); raises FederationError."""
-        records = self.records()
         known = self.knowledge()
         if known is None:
             return 0, None
@@ -148,7 +153,14 @@ class Store:
                 check_shapes(known.text, text_shapes)
         except ModelError as error:
             raise self._foreign(error) from error
-        return records[-1].round if records else 0, known
+        return self._done(), known
+
+    def _done(self) -> int:
+        """Return the number of the last round that is over, 0 before the first."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return 0
+            return connection.scalar(select(func.max(ROUNDS.c.number)).where(ROUNDS.c.record.is_not(None))) or 0
 
     def knowledge(self) -> Knowledge | None:
         """Return what is known after the last finished round, None before the first start; raises FederationError."""
@@ -280,6 +292,18 @@ class Store:
         plan = _read(RoundPlan, row.plan, self._journal)
         return Opened(plan, json.loads(row.ranks), accepted, tuple(refused), tuple(came_late))
 
+    def progress(self) -> Progress | None:
+        """Return how far the open round is, None between rounds; raises FederationError. Reads no update."""
+        with self._journal.reading() as connection:
+            row = None if connection is None else connection.execute(select(ROUNDS).where(ROUNDS.c.record.is_(None))).first()
+            if row is None or connection is None:
+                return None
+            query = select(UPDATES.c.client, UPDATES.c.accepted).where(UPDATES.c.number == row.number)
+            answers = connection.execute(query).all()
+        accepted = sorted(answer.client for answer in answers if answer.accepted)
+        waits = sorted(json.loads(row.ranks).keys() - set(accepted))
+        return Progress(row.number, tuple(accepted), len(answers) - len(accepted), tuple(waits))
+
     def earlier(self, number: int, back: int) -> list[Earlier]:
         """Return the rounds before round `number`, at most `back` of them; raises FederationError."""
         between = (ROUNDS.c.number < number, ROUNDS.c.number >= number - back)
@@ -334,6 +358,8 @@ class Store:
 
     def answered(self, client: str, offer: Offer) -> Answer | None:
         """Return the answer that this very update got, in whatever round and before whatever restart."""
+        if offer.round > LAST_ROUND:  # which no table takes
+            return None
         with self._journal.reading() as connection:
             if connection is None:
                 return None
@@ -391,10 +417,8 @@ class Store:
         try:
             yield
         except OSError as error:
-            raise NotKeptError(
-                f"{self.folder} cannot be written ({error}): make room there; nothing that was kept is lost, and the same "
-                f"command goes on from it"
-            ) from error
+            told = f"{not_written(self.folder, error)}; nothing that was kept is lost, and the same command goes on from it"
+            raise NotKeptError(told) from error
 
     def _prune(self, connection: Connection, number: int) -> None:
         """Drop what rounds made before the last `keep_rounds`, but for the initial state and what is still the newest."""
@@ -403,9 +427,16 @@ class Store:
             newer.c.kind == KEPT.c.kind,
             newer.c.number > KEPT.c.number,
             or_(KEPT.c.kind != OWN, newer.c.name == KEPT.c.name),
+            # A class bank stays until rounds which are still kept name none but newer ones.
+            or_(KEPT.c.kind.not_in((BANK, TEXT)), newer.c.number <= number - self._keep_rounds),
         )
         old = KEPT.c.number.between(1, number - self._keep_rounds)
         connection.execute(delete(KEPT).where(old, surpassed.exists()))
+        last = ROUNDS.c.number == number - self._keep_rounds
+        text = connection.scalar(select(ROUNDS.c.record).where(last))
+        if text is not None:  # attention grows with the square of the clients
+            shorter = _read(RoundRecord, text, self._journal).model_copy(update={"attention": None})
+            connection.execute(update(ROUNDS).where(last).values(record=shorter.model_dump_json()))
 
     def _named(self, connection: Connection) -> set[str]:
         """Return the hashes of the blobs that are still wanted: what was made, and the open round's accepted updates."""

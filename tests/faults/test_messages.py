@@ -53,7 +53,7 @@ def test_lost_doubled_and_reordered_messages_change_no_bit(
         proxy = MqttProxy(broker.port, seed, FAULTS[name])
         everybody = {name: {"url": f"mqtt://127.0.0.1:{proxy.port}"} for name in (COORDINATOR, *CLIENTS)}
         try:
-            state = run_to_its_end(Cast(zygote, home, settings(rounds), broker, CLIENTS, everybody), 60 + 30 * rounds)
+            state = run_to_its_end(Cast(zygote, home, settings(rounds), broker, CLIENTS, everybody), 60 + 90 * rounds)
         finally:
             proxy.close()
         other = sum(one != two for one, two in zip(records(state), records(calm), strict=True))

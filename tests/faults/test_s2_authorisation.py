@@ -57,12 +57,20 @@ class Peer:
         if self.will is not None:
             self._client.will_set(self.will, self.role.encode(), qos=1)
         where = urlsplit(self.lab.url)
-        self._client.connect(str(where.hostname), int(where.port or 0))
-        self._client.loop_start()
-        assert self._answer(0) == [0]
+        for tries_left in (2, 1, 0):  # of some ten thousand connections one got no answer, and paho did not notice
+            self._client.connect(str(where.hostname), int(where.port or 0))
+            self._client.loop_start()
+            try:
+                assert self._answer(0, 10) == [0]
+            except queue.Empty:
+                self._client.loop_stop()
+                if not tries_left:
+                    raise
+            else:
+                return
 
-    def _answer(self, mid: int | None) -> list[int]:
-        answered, codes = self._answers.get(timeout=30)
+    def _answer(self, mid: int | None, timeout: float = 30) -> list[int]:
+        answered, codes = self._answers.get(timeout=timeout)
         assert answered == mid
         return codes
 

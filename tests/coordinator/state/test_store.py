@@ -21,7 +21,7 @@ from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson, stored
 from coordinator.personal import Attention
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
-from coordinator.state.store import FIRST_BANK, Store
+from coordinator.state.store import FIRST_BANK, Progress, Store
 from coordinator.text_samples import TextLoss
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, sha256
 from protocol.messages import TextBank, Verdict
@@ -156,6 +156,7 @@ def test_a_folder_that_is_not_there_starts_from_nothing_and_looking_makes_none(t
     assert store.run() is None
     assert store.knowledge() is None
     assert store.opened() is None
+    assert store.progress() is None
     assert store.resume(shapes, TEXT_SHAPES) == (0, None)
     assert not (tmp_path / "state").exists()
 
@@ -298,7 +299,7 @@ def test_a_database_that_is_not_supported_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
-    [("UPDATE run SET version = 99", "version 99, this clipcast reads 2"), ("UPDATE run SET about = '{'", "damaged Run")],
+    [("UPDATE run SET version = 99", "version 99, this clipcast reads 3"), ("UPDATE run SET about = '{'", "damaged Run")],
 )
 def test_a_journal_that_cannot_be_read_is_refused(tmp_path, damage, sentence):
     store = Store(tmp_path)
@@ -346,6 +347,37 @@ def encode_bytes(update):
     return {name: getattr(update, name).tobytes() for name in ("prototypes", "features", "labels", "prototype_counts")} | {
         name: factor.tobytes() for name, factor in update.adapter.items()
     }
+
+
+def test_how_far_a_round_is_can_be_told_without_its_updates(after_two_rounds, url, plan, answer):
+    after_two_rounds.open(plan, RANKS, BASES)
+    assert after_two_rounds.progress() == Progress(3, (), 0, ("ann", "bob", "cid", "dan"))
+    for kept, blob in (answer("dan"), answer("ann", 1, "not-finite"), answer("bob", 2)):
+        after_two_rounds.keep(kept, blob, 3)
+    for blob in after_two_rounds.blobs.folder.glob("*"):
+        blob.unlink()
+    reader = Store(after_two_rounds.folder, url)
+    assert reader.progress() == Progress(3, ("bob", "dan"), 1, ("ann", "cid"))
+    reader.close()
+
+
+def test_an_offer_for_a_round_that_no_table_takes_has_no_answer(after_two_rounds, answer):
+    assert after_two_rounds.answered("ann", answer("ann", round=2**40)[0].offer) is None
+
+
+def test_a_journal_of_another_version_is_refused_whoever_looks(tmp_path):
+    store = Store(tmp_path / "state")
+    store.begin(IDENTITY)
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / "journal.db")) as journal, journal:
+        journal.execute("UPDATE run SET version = 1")
+        journal.execute("ALTER TABLE rounds DROP COLUMN bases")
+    store = Store(tmp_path / "state")
+    looks = (store.records, store.knowledge, store.opened, store.progress, store.registry.devices, store.prepare)
+    for look in looks:
+        with pytest.raises(FederationError, match="is of version 1, this clipcast reads 3"):
+            look()
+    store.close()
 
 
 def test_between_rounds_none_is_open(after_two_rounds):
@@ -470,6 +502,32 @@ def test_old_rounds_are_pruned_but_the_start_the_newest_and_all_records_stay(new
     assert holds(store.own, 1, "ann")
     wanted = 3 + 2 + 3 + 1  # adapters, banks, own ones, the text adapter
     assert len(list(store.blobs.digests())) == wanted
+
+
+def test_a_class_bank_stays_as_long_as_a_round_that_is_kept_names_it(new_store, plan, shapes):
+    store = new_store(keep_rounds=2)
+    known = Knowledge(a_bank(), stored(initial_adapter(shapes, 0)))
+    store.start(known)
+    text = stored(initial_adapter(TEXT_SHAPES, 9))
+    for number in range(1, 9):
+        bank = a_bank(number + 1) if number in (1, 6) else known.bank
+        known = Knowledge(bank, stored(initial_adapter(shapes, number)), text)
+        store.open(plan.model_copy(update={"round": number}), RANKS, BASES)
+        store.finish(record(number, known), known, lesson_of(text=number in (1, 6)))
+        named = {found.bank_version for found in store.records() if holds(store.adapter, found.round)}
+        assert all(holds(store.bank, version) for version in named)
+    assert [version for version in range(1, 8) if holds(store.bank, version)] == [1, 7]
+
+
+def test_who_listened_to_whom_is_told_of_the_rounds_that_are_kept(new_store, plan, shapes):
+    store = new_store(keep_rounds=2)
+    known = Knowledge(a_bank(), stored(initial_adapter(shapes, 0)))
+    store.start(known)
+    for number in range(1, 5):
+        store.open(plan.model_copy(update={"round": number}), RANKS, BASES)
+        store.finish(record(number, known), known)
+    assert [found.round for found in store.records() if found.attention is not None] == [3, 4]
+    assert len(store.records()) == 4
 
 
 def holds(look, *which):
