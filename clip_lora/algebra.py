@@ -44,6 +44,8 @@ def delta(adapter: Adapter, layer: str, scale: float) -> Matrix:
 def mean_of_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Average A and B apart, weighted: what FedAvg does to LoRA parameters. All adapters must have the same shapes."""
     shares = _shares(weights)
+    if len({rank_of(adapter) for adapter in adapters}) > 1:
+        raise ValueError("factors of different ranks have no mean: take the mean of products")
     mean: dict[str, NDArray[np.float32]] = {}
     for name in sorted(adapters[0]):
         total: NDArray[Any] = np.zeros(adapters[0][name].shape, np.float64)

@@ -56,14 +56,18 @@ class Collection:
         refused: Sequence[Answer] = (),
         yardstick: Yardstick | None = None,
         late: Mapping[int, Late] | None = None,
-        came_late: Mapping[str, Contribution] | None = None,
+        came_late: Sequence[tuple[str, Contribution]] = (),
     ) -> None:
         self._expected = expected
         self._quorum = quorum
         self._deadline = now + expected.plan.deadline_s
         self._accepted = dict(accepted or {})
         self._late = dict(late or {})
-        self._came_late = dict(came_late or {})
+        self._came_late: dict[str, Contribution] = {}
+        self._came: set[tuple[str, int]] = set()  # all that came late, by client and round; the newest of a client counts
+        for client, part in came_late:
+            self._take_late(client, part)
+        self._paused: float | None = None
         self._failed: set[str] = set()
         self.refused = list(refused)
         self._yardstick = yardstick
@@ -96,7 +100,9 @@ class Collection:
     @property
     def set_aside(self) -> Mapping[str, Verdict]:
         """Who was told "accepted" and does not count, by client, and why: as the round stands now."""
-        return self._set_aside
+        late = {client: part for client, part in self._came_late.items() if client not in self._accepted}
+        over = self._too_large({**self._sizes, **{client: self._size(part.update) for client, part in late.items()}})
+        return {**{client: too_large(over[client]) for client in late if client in over}, **self._set_aside}
 
     @property
     def has_quorum(self) -> bool:
@@ -108,16 +114,49 @@ class Collection:
         """The participants that have not delivered an accepted update."""
         return sorted(set(self.plan.participants) - self._accepted.keys())
 
+    @property
+    def failed(self) -> list[str]:
+        """Those of the silent that are not waited for: they said that they failed, were refused, or were cut off."""
+        return sorted(self._out.intersection(self.silent))
+
+    @property
+    def _out(self) -> set[str]:
+        return self._failed | {answer.client for answer in self.refused if answer.offer.round == self.plan.round}
+
     def patience(self, now: float) -> float:
         """Return how many seconds the round stays open: 0 with its quorum, without hope of one, or after its deadline.
 
         A client whose update was refused, or that says that it has failed, sends no other in the round: it counts no more.
         """
-        out = self._failed | {answer.client for answer in self.refused if answer.offer.round == self.plan.round}
-        awaited = set(self.plan.participants) - out - self._accepted.keys()
+        awaited = set(self.plan.participants) - self._out - self._accepted.keys()
         # Whoever is awaited may also move the median, so that who is set aside now counts then.
         hopeless = not awaited or len(awaited | self._accepted.keys()) < self._quorum
+        now = now if self._paused is None else self._paused
         return 0.0 if self.has_quorum or hopeless else max(0.0, self._deadline - now)
+
+    def pause(self, since: float) -> None:
+        """Let the deadline stand still from a moment on: nothing can arrive."""
+        self._paused = since if self._paused is None else self._paused
+
+    def resume(self, now: float) -> None:
+        """Let the deadline go on, later by what it stood still."""
+        if self._paused is not None:
+            self._deadline += now - self._paused
+            self._paused = None
+
+    def lacks(self, answer: Answer) -> bool:
+        """Whether an update that was accepted for this round, or late in it, is not here."""
+        offer, client = answer.offer, answer.client
+        if not answer.verdict.accepted:
+            return False
+        if offer.round in self._late:
+            return (client, offer.round) not in self._came and client not in self._late[offer.round].counted
+        return offer.round == self.plan.round and client not in self._accepted
+
+    def recover(self, client: str, offer: Offer, update: Update) -> None:
+        """Take in an update that was accepted before, unless it is here."""
+        if self.lacks(Answer(client, offer, Verdict(True, "accepted"))):
+            self._accept(client, offer, update)
 
     def rest(self, answer: Answer, update: Update) -> None:
         """Put an accepted update's twin in its place: the same values, with an adapter that stays on the disk."""
@@ -130,6 +169,7 @@ class Collection:
         for kept in (self._accepted, self._came_late):
             if answer.client in kept and kept[answer.client].offer == answer.offer:
                 del kept[answer.client]
+                self._came.discard((answer.client, answer.offer.round))
         if answer.client not in self._accepted:
             self._sizes.pop(answer.client, None)
         self._judge()
@@ -167,7 +207,7 @@ class Collection:
         late = self._late.get(offer.round)
         if late is None:
             return self._expected, self._accepted.keys()
-        came = {client for client, c in self._came_late.items() if c.offer.round == offer.round}
+        came = {client for client, number in self._came if number == offer.round}
         return late.expected, came | set(late.counted)
 
     def _count(self, client: str, offer: Offer, update: Update) -> Verdict:
@@ -187,8 +227,13 @@ class Collection:
             self._accepted[client] = Contribution(offer, update)
             self._sizes[client] = self._size(update)
             self._judge()
-        elif client not in self._came_late or self._came_late[client].offer.round < offer.round:
-            self._came_late[client] = Contribution(offer, update, late.discount)
+        else:
+            self._take_late(client, Contribution(offer, update, late.discount))
+
+    def _take_late(self, client: str, part: Contribution) -> None:
+        self._came.add((client, part.offer.round))
+        if client not in self._came_late or self._came_late[client].offer.round < part.offer.round:
+            self._came_late[client] = part
 
     def _size(self, update: Update) -> tuple[float, ...]:
         return () if self._yardstick is None else self._yardstick.sizes(update.adapter)
@@ -203,6 +248,11 @@ class Collection:
         # What a client wrote may be in the detail: printable and short, as it goes into logs and records.
         detail = ascii(answer.verdict.detail)[1:-1][:300]
         answer = replace(answer, verdict=replace(answer.verdict, detail=detail))
-        if not answer.verdict.accepted:
+        if not answer.verdict.accepted and not any(self._alike(answer, other) for other in self.refused):
             self.refused.append(answer)
         return answer
+
+    def _alike(self, one: Answer, other: Answer) -> bool:
+        """Whether two refusals tell the same: of what a device offers again and again one is enough."""
+        here = (one.offer.round == self.plan.round) == (other.offer.round == self.plan.round)
+        return here and (one.client, one.verdict.reason) == (other.client, other.verdict.reason)

@@ -100,8 +100,8 @@ class CoordinatorConfig(BaseModel):
     rounds: Annotated[int, Field(ge=1)] = 5
     clients_per_round: Annotated[int, Field(ge=1)] = 2
     quorum: Annotated[int, Field(ge=1)] = 2
-    deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    seed: Annotated[int, Field(ge=0, le=2**40)] = 0
     state: Annotated[Path, Field(validate_default=True)] = Path("state")
     journal: str | None = None
     admission: Literal["open", "registered"] = "open"

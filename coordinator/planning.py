@@ -9,12 +9,15 @@ from clip_lora.shapes import Shapes, Sizes, adapter_shapes
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation, Late, Start
 from coordinator.config import CoordinatorConfig
+from coordinator.errors import FederationError
 from coordinator.learning import Knowledge, Learner, Lesson
 from coordinator.on_demand import OnDemand, each
 from coordinator.records import Identity
 from coordinator.state.store import Store
 from protocol.bus import Action
 from protocol.coordinator_end import CoordinatorEnd
+from protocol.envelope import COORDINATOR, MAX_MANIFEST, Envelope, encode
+from protocol.errors import WireError
 from protocol.messages import Recipe, RoundPlan, Status, TextBank
 
 
@@ -72,6 +75,11 @@ class Planner:
         """Return the rank that a client trains: factors can be averaged at one rank only, products at any."""
         limit, rank = status.max_rank, self.training.rank
         return min(rank, limit) if limit is not None and self._config.recipe.mixes_ranks else rank
+
+    def suits(self, ranks: Mapping[str, int]) -> bool:
+        """Whether a round may go on with these participants at these ranks."""
+        mixed = self._config.recipe.mixes_ranks or set(ranks.values()) <= {self.training.rank}
+        return mixed and len(ranks) <= self._config.clients_per_round
 
     def plan(self, number: int, known: Knowledge, ranks: Mapping[str, int]) -> tuple[Expectation, list[Action]]:
         """Serve class bank and adapters; return the plan, and what to say before it.
@@ -134,6 +142,19 @@ class Planner:
             for client, rank in ranks.items()
         }
         return True, starts, self._end.publish_client_adapters(own)
+
+
+def check_size(federation: str, plan: RoundPlan) -> None:
+    """Raise FederationError if a plan is too long to travel: it names all its participants."""
+    try:
+        encode(Envelope(federation, COORDINATOR, plan, sequence=2**53))
+    except WireError as error:
+        names = sum(len(name) + 3 for name in plan.participants)
+        room = MAX_MANIFEST - (len(plan.model_dump_json()) - names) - 512
+        raise FederationError(
+            f"the plan of round {plan.round} is too long with {len(plan.participants)} participants: set clients_per_round "
+            f"to at most {max(1, room * len(plan.participants) // names)}, or give clients shorter ids"
+        ) from error
 
 
 def same(old: RoundPlan, new: RoundPlan) -> bool:

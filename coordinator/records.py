@@ -11,6 +11,8 @@ from coordinator.aggregate import Choice
 from coordinator.personal import Attention
 from coordinator.text_samples import TextLoss
 
+LARGEST = 64
+
 
 class Refusal(BaseModel):
     """A rejected update."""
@@ -36,7 +38,10 @@ class TextRecord(BaseModel):
 
 
 class AttentionRecord(BaseModel):
-    """Who listened to whom: weights by client (rows) and source, and each row's entropy in nats."""
+    """Who listened to whom: weights by client (rows) and source, and each row's entropy in nats.
+
+    Of more than `LARGEST` clients the weights are left out: a thousand have a million of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     clients: list[str]
@@ -50,7 +55,7 @@ class AttentionRecord(BaseModel):
         return cls(
             clients=list(attention.clients),
             sources=list(attention.sources),
-            weights=attention.weights.tolist(),
+            weights=attention.weights.tolist() if len(attention.clients) <= LARGEST else [],
             entropy=attention.entropy.tolist(),
         )
 
@@ -76,18 +81,21 @@ class AggregationRecord(BaseModel):
 class RoundRecord(BaseModel):
     """What happened in a round. Bytes are payload bytes by client; loss and accuracy are the clients' own, weighted.
 
-    `late` says whose updates of which earlier rounds counted, too. `class_accuracy` is the share of the clients' own
-    pictures of a class that they predicted correctly after training; `own` names the clients whose own adapters the round
-    made; `bank_version` is the class bank that goes with the global adapter, whose blob is named by `adapter_sha256`;
-    `epsilon` is what each client has spent of its privacy so far.
+    `problem` is why a round has failed that had its quorum; `failed` names those of the silent that said they would send
+    nothing, sent what was refused, or were cut off. `late` says whose updates of which earlier rounds counted, too.
+    `class_accuracy` is the share of the clients' own pictures of a class that they predicted correctly after training;
+    `own` names the clients whose own adapters the round made; `bank_version` is the class bank that goes with the global
+    adapter, whose blob is named by `adapter_sha256`; `epsilon` is what each client has spent of its privacy so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     round: int
-    outcome: Literal["aggregated", "quorum-missed"]
+    outcome: Literal["aggregated", "quorum-missed", "failed"]
+    problem: str = ""
     accepted: list[str]
     rejected: list[Refusal]
     silent: list[str]
+    failed: list[str] = []
     late: dict[str, int] = {}
     samples: int
     loss: float | None

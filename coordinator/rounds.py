@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -16,24 +16,27 @@ from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.judgement import Yardstick
-from coordinator.learning import NO_LESSON, Knowledge, Learner, stored
+from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
 from coordinator.model import LocalModel, Model
-from coordinator.planning import Planner, same
+from coordinator.planning import Planner, check_size, same
 from coordinator.records import RoundRecord
+from coordinator.roster import Roster
 from coordinator.state.devices import Devices
 from coordinator.state.store import Opened, Store
-from coordinator.summary import summary
+from coordinator.summary import largest, summary
 from protocol.bus import Action
 from protocol.coordinator_end import CoordinatorEnd
+from protocol.errors import WireError
 from protocol.events import BrokerLink, ClientSeen, Cloned, CoordinatorEvent, OfferMade, UpdateArrived, UpdateUnreadable
 from protocol.link import Link
-from protocol.messages import Status, TextBank
+from protocol.messages import TextBank
 
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 MISSED_ROUNDS = 3
 AGAIN_S = 30.0
+SETTLE_S = 1.0
 Kept = TypeVar("Kept")
 
 
@@ -59,7 +62,9 @@ class Federation:
         self._end = end
         self._store = store
         self._devices = devices
-        self._online: dict[str, Status] = {}
+        self._roster = Roster()
+        self._down: float | None = None  # since when the broker is away
+        self._refused: Counter[tuple[str, str]] = Counter()
         model = LocalModel(config.model) if model is None else model
         self._learner = Learner(bank, config.recipe, config.seed, model)
         self._planner = Planner(config, model.sizes(), self._learner, end, store)
@@ -70,28 +75,68 @@ class Federation:
         identity = self._planner.identity(self._bank)
         self._planner.run, self._planner.start = self._insist(lambda: self._store.begin(identity))
         number, known = self._insist(self._recall)
+        self._settle_roster()
         missed = 0
         while number < self._planner.last:
             number += 1
             started, collection = self._begin(number, known)
             self._collect(collection)
-            lesson = NO_LESSON
-            if collection.has_quorum:
-                missed = 0
-                with self._store.intact():
-                    known, lesson = self._planner.phase(number).learn(collection.contributions, known)
-            else:
-                missed += 1
-            record = summary(collection, lesson, known, self._clock() - started, self._end.take_bytes_up())
+            known, lesson, problem = self._learn(collection, known)
+            record = summary(collection, lesson, known, self._clock() - started, self._end.take_bytes_up(), problem)
             known = self._insist(partial(self._store.finish, record, known, lesson))
+            self._roster.learn(record)
             yield record
+            missed = 0 if record.outcome == "aggregated" else missed + 1
             if missed >= MISSED_ROUNDS:
-                raise FederationError(
-                    f"{missed} rounds in a row without a quorum of {self._config.quorum}; last waited for "
-                    f"{', '.join(collection.silent)}. See their status and logs, or lower quorum or raise deadline_s"
-                )
+                raise FederationError(f"{missed} rounds in a row came to nothing. {self._why(collection, problem)}")
         self._publish(*self._planner.plan(number, known, {}))
+        self._say_the_end()
+
+    def _learn(self, collection: Collection, known: Knowledge) -> tuple[Knowledge, Lesson, str]:
+        """Make of a round what there is in it; the last is why nothing came of it although it had its quorum.
+
+        What updates make fail would fail again after each restart: they are in the journal. So the round is given up.
+        """
+        if not collection.has_quorum:
+            return known, NO_LESSON, ""
+        try:
+            with self._store.intact():
+                return *self._planner.phase(collection.plan.round).learn(collection.contributions, known), ""
+        except (WireError, ValueError) as error:
+            problem = f"{error}; the largest update is {largest(collection.contributions)}'s"
+            log.exception("round %d comes to nothing: %s", collection.plan.round, problem)
+            return known, NO_LESSON, problem
+
+    def _why(self, collection: Collection, problem: str) -> str:
+        if problem:
+            return f"Last: {problem}"
+        return (
+            f"There was no quorum of {self._config.quorum}; last waited for {', '.join(collection.silent)}. See their "
+            f"status and logs, or lower quorum or raise deadline_s"
+        )
+
+    def _say_the_end(self) -> None:
+        """See to it that the broker has heard the last plan, for at most a deadline's time: clients would wait for ever."""
+        deadline = self._clock() + self._config.deadline_s
         self._link.poll(0.0)
+        while (self._down is not None or not self._link.bus.drained()) and self._clock() < deadline:
+            for event in self._link.poll(POLL_S):
+                self._notice(event)
+
+    def _settle_roster(self) -> None:
+        """Wait until those who are there have said so: who is drawn must not depend on whom a broker names first."""
+        for record in self._insist(self._store.records):
+            self._roster.learn(record)
+        deadline, last = self._clock() + self._config.deadline_s, self._clock()
+        while self._devices is not None and self._devices.active - set(self._roster) and self._clock() < deadline:
+            before = len(self._roster)
+            for event in self._poll(SETTLE_S, None):
+                self._notice(event)
+                self._settle(event, None)
+            if len(self._roster) > before:
+                last = self._clock()
+            elif self._clock() - last >= SETTLE_S:
+                break
 
     def _insist(self, keep: Callable[[], Kept]) -> Kept:
         """Keep what the next step needs, again and again for at most a deadline's time while disk or database refuse it."""
@@ -132,29 +177,35 @@ class Federation:
         After the deadline a quorum is enough: a device that is away for good must not stop the others.
         """
         wanted, deadline = self._config.clients_per_round, self._clock() + self._config.deadline_s
-        while len(self._online) < wanted:
+        for client in self._roster.expire(self._clock()) if self._down is None else ():
+            log.warning("client %s has said nothing for long: it is not drawn", client)
+        while len(self._roster) < wanted or self._down is not None:
             left = deadline - self._clock()
-            if left <= 0 and len(self._online) >= self._config.quorum:
-                log.warning("round %d begins with %d of %d clients", number, len(self._online), wanted)
+            if left <= 0 and self._down is not None:
+                raise self._broker_away()
+            if left <= 0 and len(self._roster) >= self._config.quorum:
+                log.warning("round %d begins with %d of %d clients", number, len(self._roster), wanted)
                 break
             if left <= 0:
-                present = ", ".join(sorted(self._online)) or "nobody"
+                present = ", ".join(self._roster) or "nobody"
                 raise FederationError(
                     f"round {number} needs {self._config.quorum} clients, only {present} came within "
                     f"{self._config.deadline_s:g} s. Start more with `clipcast client run`, or lower quorum; check that "
                     f"they use federation {self._config.federation!r} and the same broker"
                 )
-            log.info("round %d waits for %d more clients", number, wanted - len(self._online))
+            log.info("round %d waits for %d more clients", number, max(0, wanted - len(self._roster)))
             for event in self._poll(left, None):
                 self._notice(event)
                 self._settle(event, None, number - self._planner.phase(number).recipe.late_rounds)
-        rng = random.Random(f"{self._config.seed}:{number}")
-        drawn = rng.sample(sorted(self._online), min(wanted, len(self._online)))
-        return {client: self._planner.rank(self._online[client]) for client in sorted(drawn)}
+        drawn = self._roster.draw(number, wanted, self._config.seed)
+        return {client: self._planner.rank(self._roster.status(client)) for client in drawn}
 
     def _begin(self, number: int, known: Knowledge) -> tuple[float, Collection]:
         """Publish a round's plan once it is in the journal; a round that a restart interrupted goes on with what it had."""
         opened = self._insist(self._store.opened)
+        if opened is not None and not self._planner.suits(opened.ranks):
+            log.warning("the settings have changed while round %d was open: it begins anew, with other participants", number)
+            opened = None
         ranks = opened.ranks if opened is not None else self._draw(number)
         started = self._clock()
         expected, announced = self._planner.plan(number, known, ranks)
@@ -162,6 +213,9 @@ class Federation:
             log.warning("the settings have changed while round %d was open: it begins anew", number)
             opened = None
         if opened is None:
+            check_size(
+                self._config.federation, expected.plan
+            )  # before it is in the journal, which would hold a restart to it
             bases = {client: start.base for client, start in expected.starts.items()}
             self._insist(lambda: self._store.open(expected.plan, ranks, bases))
             opened = Opened(expected.plan, ranks, {}, ())
@@ -169,11 +223,11 @@ class Federation:
             log.info("round %d goes on with the updates of %s", number, ", ".join(opened.accepted))
         self._publish(expected, announced)
         late = self._insist(lambda: self._planner.late(number, expected, known))
-        came_late = {
-            client: Contribution(offer, update, late[offer.round].discount)
+        came_late = [
+            (client, Contribution(offer, update, late[offer.round].discount))
             for client, offer, update in opened.came_late
             if offer.round in late
-        }
+        ]
         recipe, begun = self._config.recipe, self._clock()
         yardstick = Yardstick.of(recipe) if recipe.defence.over_limit == "reject" else None
         had = (opened.accepted, opened.refused, yardstick, late, came_late)
@@ -184,22 +238,34 @@ class Federation:
         self._link.do([*announced, *self._end.publish_plan(expected.plan)])
 
     def _collect(self, collection: Collection) -> None:
-        """Take updates until quorum or deadline."""
+        """Take updates until quorum or deadline, which stands still while the broker is away."""
         log.info("round %d: %s", collection.plan.round, ", ".join(collection.plan.participants))
         while (patience := collection.patience(self._clock())) > 0:
             for event in self._poll(patience, collection):
                 self._notice(event)
                 self._settle(event, collection)
+            if self._down is None:
+                collection.resume(self._clock())
+            else:
+                collection.pause(self._down)
+                if self._clock() - self._down > self._config.deadline_s:
+                    raise self._broker_away()
         for client, verdict in collection.set_aside.items():
             log.warning("set aside %s: %s, %s", client, verdict.reason, verdict.detail)
             self._link.do(self._end.notify(client, verdict.reason, verdict.detail))
+
+    def _broker_away(self) -> FederationError:
+        return FederationError(
+            f"the broker at {self._config.broker.url} was away for {self._config.deadline_s:g} s: see its log. The same "
+            f"command goes on with the open round"
+        )
 
     def _poll(self, seconds: float, collection: Collection | None) -> list[CoordinatorEvent]:
         """See who was cut off, and wait for events at most so long."""
         for client in self._devices.refresh() if self._devices is not None else ():
             revoked = self._devices is not None and self._devices.is_revoked(client)
             log.warning("device %s was %s: what is under way is given up", client, "revoked" if revoked else "replaced")
-            self._online.pop(client, None)
+            self._roster.drop(client)
             self._end.cut_off(client)
             if collection is not None and revoked:  # with another key it may still do its part
                 collection.give_up(client)
@@ -210,11 +276,11 @@ class Federation:
 
     def _shut_out(self, client: str, collection: Collection | None) -> None:
         """Take nothing more from two devices of one name; what was accepted before stays."""
-        if client in self._online:
+        if client in self._roster:
             log.error("two devices speak as %s with one key: both are shut out (`clipcast device list`)", client)
         if self._devices is not None:
             self._devices.quarantine(client)
-        self._online.pop(client, None)
+        self._roster.drop(client)
         self._end.give_up(client)
         if collection is not None:
             collection.give_up(client)
@@ -223,14 +289,15 @@ class Federation:
         """Keep the roster, and tell the operator what matters."""
         match event:
             case ClientSeen(client=client, status=status):
-                if status.state == "offline":
-                    self._online.pop(client, None)
-                else:
-                    self._online[client] = status
+                self._roster.hear(client, status, self._clock())
                 if status.phase == "failed":
                     log.warning("client %s failed: %s", client, status.detail)
             case BrokerLink(up=False, reason=reason):
                 log.warning("lost the broker (%s), connecting again", reason)
+                self._down = self._clock() if self._down is None else self._down
+            case BrokerLink(up=True):
+                self._down = None
+                self._roster.reconnected(self._clock())
             case _:
                 log.debug("%s", event)
 
@@ -245,6 +312,8 @@ class Federation:
             log.error("no answer for %s yet: %s", event, error)  # noqa: TRY400 - no bug, no traceback
             return
         if earlier is not None:
+            if collection is not None and collection.lacks(earlier) and not self._recover(collection):
+                return
             self._reply(earlier)
             return
         match collection.take(event) if collection is not None else refuse_all(event, oldest):
@@ -265,7 +334,23 @@ class Federation:
                         collection.rest(answer, self._store.at_rest(event.update, event.blob))
                 self._reply(answer)
 
+    def _recover(self, collection: Collection) -> bool:
+        """Take in what the journal has after all, as when a commit succeeded and its success was not heard of."""
+        try:
+            opened = self._store.opened()
+        except NotKeptError as error:  # it is offered again
+            log.error("no answer yet: %s", error)  # noqa: TRY400 - no bug, no traceback
+            return False
+        if opened is not None and opened.plan.round == collection.plan.round:
+            found = [(client, part.offer, part.update) for client, part in opened.accepted.items()]
+            for client, offer, update in (*found, *opened.came_late):
+                collection.recover(client, offer, update)
+        return True
+
     def _reply(self, answer: Answer) -> None:
         if not answer.verdict.accepted:
-            log.warning("rejected %s: %s, %s", answer.client, answer.verdict.reason, answer.verdict.detail)
+            kind = (answer.client, answer.verdict.reason)
+            self._refused[kind] += 1
+            if (count := self._refused[kind]) & (count - 1) == 0:  # a flood fills no log
+                log.warning("rejected %s: %s, %s (%d so far)", *kind, answer.verdict.detail, count)
         self._link.do(self._end.answer(answer.client, answer.offer, answer.verdict))

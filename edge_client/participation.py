@@ -88,8 +88,8 @@ class Participation:
                 verdict = "accepted" if receipt.accepted else f"rejected: {receipt.reason} {receipt.detail}".strip()
                 phase = "waiting" if self._training is None else "training"
                 return [self._announce(phase, receipt.round, f"update {verdict}"[:500])]
-            case Unreadable(problem=problem):
-                return [self._announce("failed", None, f"{problem}: the same clipcast on both sides?"[:500])]
+            case Unreadable(problem=problem, round=number):
+                return [self._announce("failed", number, f"{problem}: the same clipcast on both sides?"[:500])]
             case Noticed(notice=notice):
                 return [Leave(notice.detail)] if notice.reason in SHUT_OUT else []
             case LinkChanged():

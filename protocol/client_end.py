@@ -268,7 +268,7 @@ class ClientEnd:
             wanted.record = wanted.read(blob)
         except WireError as error:
             self._forget(wanted)
-            return [Unreadable(str(error))]
+            return [Unreadable(str(error), None if self._plan is None else self._plan.round)]
         return self._ready()
 
     def _forget(self, wanted: object) -> None:

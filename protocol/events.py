@@ -33,9 +33,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A class bank or adapter arrived whole but is not what this version can read."""
+    """A class bank or adapter arrived whole but is not what this version can read. `round` is the plan's that needs it."""
 
     problem: str
+    round: int | None = None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,11 @@ class Devices:
         if self._clock() - self._kept >= KEEP_S:
             self.keep()
 
+    @property
+    def active(self) -> set[str]:
+        """The devices that may take part."""
+        return {name for name, device in self._known.items() if not device.revoked and not device.quarantined}
+
     def is_revoked(self, client: str) -> bool:
         """Whether a device was cut off for good, and not only given another key."""
         known = self._known.get(client)

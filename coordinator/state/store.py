@@ -273,7 +273,11 @@ class Store:
             row = connection.execute(select(ROUNDS).where(ROUNDS.c.record.is_(None))).one_or_none()
             if row is None:
                 return None
-            query = select(UPDATES).where(UPDATES.c.counts_in == row.number).order_by(UPDATES.c.client, UPDATES.c.sha256)
+            query = (
+                select(UPDATES)
+                .where(UPDATES.c.counts_in == row.number)
+                .order_by(UPDATES.c.client, UPDATES.c.number, UPDATES.c.sha256)
+            )
             answers = connection.execute(query).all()
         accepted: dict[str, Contribution] = {}
         refused: list[Answer] = []

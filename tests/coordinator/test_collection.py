@@ -250,7 +250,7 @@ def test_a_late_update_counts_once_and_can_be_taken_back(expected, arrival, late
 def test_late_updates_outlive_a_restart(expected, arrival, late):
     came = arrival("bob", round=2, base=OLD_BASE)
     had = {"bob": Contribution(came.offer, came.update, 0.5)}
-    collection = Collection(expected, 1, START, late=late, came_late=had)
+    collection = Collection(expected, 1, START, late=late, came_late=tuple(had.items()))
     assert collection.contributions == had
     assert collection.take(came).verdict.reason == "already-counted"
 
@@ -275,16 +275,59 @@ def test_any_order_of_arrival_gives_the_same_bytes(expected, arrival, method, or
 @given(events=st.lists(st.tuples(st.sampled_from([*CLIENTS, "eve"]), st.booleans()), max_size=25), quorum=st.integers(1, 4))
 def test_whatever_arrives_each_participant_counts_once_from_its_first_good_update(expected, arrival, events, quorum):
     collection = Collection(expected, quorum, START)
-    counted, refusals = set(), 0
+    counted, refusals = set(), set()
     for client, bad in events:
         good = client in CLIENTS and not bad and client not in counted
-        assert collection.take(arrival(client, bad=bad)).verdict.accepted == good
+        verdict = collection.take(arrival(client, bad=bad)).verdict
+        assert verdict.accepted == good
         counted |= {client} if good else set()
-        refusals += not good
+        refusals |= set() if good else {(client, verdict.reason)}
         assert collection.accepted.keys() == counted
         assert collection.has_quorum == (len(counted) >= quorum)
         assert collection.silent == sorted(set(CLIENTS) - counted)
-    assert len(collection.refused) == refusals
+    assert {(answer.client, answer.verdict.reason) for answer in collection.refused} == refusals
+    assert len(collection.refused) == len(refusals)
+
+
+def test_the_deadline_stands_still_while_nothing_can_arrive(expected):
+    collection = Collection(expected, 1, START)
+    collection.pause(START + 40.0)
+    collection.pause(START + 50.0)
+    assert collection.patience(START + 9000.0) == 60.0
+    collection.resume(START + 9000.0)
+    collection.resume(START + 9001.0)
+    assert collection.patience(START + 9000.0) == 60.0
+    assert collection.patience(START + 9060.0) == 0.0
+
+
+def test_what_the_journal_has_and_the_round_has_not_is_taken_in_once(expected, arrival, late):
+    collection = Collection(expected, 2, START, late=late)
+    now, old = arrival("cid"), arrival("bob", round=2, base=OLD_BASE)
+    for came in (now, old):
+        answer = Answer(came.client, came.offer, Verdict(True, "accepted"))
+        assert collection.lacks(answer)
+        collection.recover(came.client, came.offer, came.update)
+        assert not collection.lacks(answer)
+        collection.recover(came.client, came.offer, came.update)
+    assert sorted(collection.contributions) == ["bob", "cid"]
+    assert collection.contributions["bob"].discount == 0.5
+    assert not collection.lacks(Answer("ann", arrival("ann", round=2).offer, Verdict(True, "accepted")))
+
+
+def test_of_two_late_updates_of_a_client_the_newer_round_s_counts_in_any_order_and_both_are_known(expected, arrival):
+    plans = {number: expected.plan.model_copy(update={"round": number}) for number in (1, 2)}
+    starts = {client: Start(OLD_BASE, start.shapes) for client, start in expected.starts.items()}
+    late = {n: Late(dataclasses.replace(expected, plan=plan, starts=starts), set(), 0.5) for n, plan in plans.items()}
+    came = {number: arrival("bob", round=number, base=OLD_BASE) for number in (1, 2)}
+    for order in ((1, 2), (2, 1)):
+        live = Collection(expected, 1, START, late=late)
+        for number in order:
+            assert live.take(came[number]).verdict.accepted
+        parts = [("bob", Contribution(came[number].offer, came[number].update, 0.5)) for number in order]
+        again = Collection(expected, 1, START, late=late, came_late=parts)
+        for collection in (live, again):
+            assert collection.contributions["bob"].offer.round == 2
+            assert all(collection.take(one).verdict.reason == "already-counted" for one in came.values())
 
 
 def test_a_round_that_cannot_reach_its_quorum_any_more_is_over(expected, arrival):

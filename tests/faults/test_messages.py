@@ -43,7 +43,7 @@ def run_to_its_end(cast: Cast, deadline_s: float) -> Path:
 def test_lost_doubled_and_reordered_messages_change_no_bit(
     zygote: Zygote, folder: Path, full: bool, score: Callable[..., None], embedded: bool
 ) -> None:
-    rounds = 6 if full else 1
+    rounds = 4 if full else 1
     quick = list(FAULTS)[1:2] if embedded else list(FAULTS)[2:]
     chosen = list(FAULTS) if full else quick
     calm = run_to_its_end(Cast(zygote, folder / "calm", settings(rounds), Mosquitto(zygote, folder / BROKER), CLIENTS), 60)

@@ -1,0 +1,139 @@
+"""What may not stop a federation, in virtual time: failing devices, a broker that is away, a commit nobody heard of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.errors import FederationError, NotKeptError
+from coordinator.learning import Learner
+from coordinator.state.store import Store
+from tests.faults.disk import Disks
+from tests.faults.machines import COORDINATOR, WHOLE, ClientProcess, Scenario
+from tests.faults.verdict import calm_outcome, problems, run_to_the_end
+from tests.faults.world import World
+
+TWO_OF_THREE = Scenario(rounds=8, per_round=2, quorum=2, recipe="fedlora+rank=2+projections=q_proj+features_per_class=1")
+TWO_OF_FIVE = replace(TWO_OF_THREE, clients=("ann", "bob", "cid", "dan", "eve"), rounds=3)
+SHORT = replace(WHOLE, deadline_s=100.0)
+
+
+def test_a_device_that_always_fails_ends_no_federation(fast_path: Path, disks: Disks) -> None:
+    with World(fast_path / "world", disks, TWO_OF_THREE) as world:
+        world.start()
+        cid = world.running["cid"]
+        assert isinstance(cid, ClientProcess)
+
+        def finished() -> bool:
+            cid.spoils = True
+            return world.finished
+
+        world.run(finished)
+        assert not world.ended
+        with world.store() as store:
+            records = store.records()
+        assert any("cid" in record.failed for record in records)
+        assert all("cid" not in record.accepted for record in records)
+        assert sum(record.outcome == "aggregated" for record in records) >= 5
+
+
+def test_a_restart_between_rounds_draws_the_same_clients(fast_path: Path, disks: Disks) -> None:
+    calm = calm_outcome(fast_path, disks, TWO_OF_FIVE)
+    with World(fast_path / "world", disks, TWO_OF_FIVE) as world:
+        world.start()
+        for done in (1, 2):
+            world.run(lambda done=done: any(record.round == done for record in world.records))  # type: ignore[misc]
+            world.kill(COORDINATOR)
+            world.start(COORDINATOR)
+        run_to_the_end(world)
+        assert not problems(world, calm)
+
+
+def test_a_round_s_deadline_stands_still_while_the_broker_is_away(fast_path: Path, disks: Disks) -> None:
+    calm = calm_outcome(fast_path, disks, SHORT)
+    with World(fast_path / "world", disks, SHORT) as world:
+        world.start()
+        for _ in range(SHORT.rounds):
+            world.run(lambda: any(isinstance(p, ClientProcess) and p.is_training for p in world.running.values()))
+            world.stop_broker()
+            world.pass_time(90.0)
+            world.start_broker()
+            world.pass_time(1.0)
+        run_to_the_end(world)
+        assert not problems(world, calm)
+
+
+def test_a_broker_that_stays_away_is_named_and_the_round_goes_on_later(fast_path: Path, disks: Disks) -> None:
+    calm = calm_outcome(fast_path, disks, SHORT)
+    with World(fast_path / "world", disks, SHORT) as world:
+        world.start()
+        world.run(lambda: any(isinstance(p, ClientProcess) and p.is_training for p in world.running.values()))
+        world.stop_broker()
+        world.run(lambda: bool(world.ended))
+        (name, error), *_ = world.ended
+        assert name == COORDINATOR
+        assert "the broker at mqtt://localhost:1883 was away for 100 s" in str(error)
+        world.ended.clear()
+        world.start_broker()
+        run_to_the_end(world)
+        assert not problems(world, calm)
+
+
+def test_fewer_clients_a_round_are_drawn_anew_in_the_open_round(fast_path: Path, disks: Disks) -> None:
+    with World(fast_path / "world", disks, WHOLE) as world:
+        world.start()
+        world.run(lambda: bool(world.witness.plans))
+        world.kill(COORDINATOR)
+        world.scenario = replace(WHOLE, per_round=2, quorum=2)
+        world.start(COORDINATOR)
+        run_to_the_end(world)
+        assert not world.ended
+        assert {len(record.accepted) for record in world.records} == {2}
+
+
+def test_an_update_that_the_journal_has_counts_though_nobody_heard_of_its_commit(
+    fast_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = calm_outcome(fast_path, disks, WHOLE)
+    keep, unheard = Store.keep, []
+
+    def kept(store: Store, answer, blob, counts_in: int) -> None:  # type: ignore[no-untyped-def]
+        keep(store, answer, blob, counts_in)
+        if (answer.client, counts_in) not in unheard:
+            unheard.append((answer.client, counts_in))
+            raise NotKeptError("the connection was lost at the commit")
+
+    monkeypatch.setattr(Store, "keep", kept)
+    with World(fast_path / "world", disks, WHOLE) as world:
+        world.start()
+        run_to_the_end(world)
+        assert len(unheard) == 6
+        assert not problems(world, calm)
+
+
+def test_updates_that_cannot_be_learned_from_cost_their_round_and_are_told(
+    fast_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn, failures = Learner.learn, [2]
+
+    def learned(learner: Learner, contributions, known):  # type: ignore[no-untyped-def]
+        if failures[0]:
+            failures[0] -= 1
+            raise ValueError("nothing is finite")
+        return learn(learner, contributions, known)
+
+    monkeypatch.setattr(Learner, "learn", learned)
+    with World(fast_path / "world", disks, replace(WHOLE, rounds=3)) as world:
+        world.start()
+        run_to_the_end(world)
+        assert not world.ended
+        assert [record.outcome for record in world.records] == ["failed", "failed", "aggregated"]
+        assert all("nothing is finite; the largest update is " in record.problem for record in world.records[:2])
+    failures[0] = 3
+    with World(fast_path / "again", disks, replace(WHOLE, rounds=3)) as world:
+        world.start()
+        world.run(lambda: bool(world.ended))
+        assert isinstance(world.ended[0][1], FederationError)
+        assert "nothing is finite" in str(world.ended[0][1])
