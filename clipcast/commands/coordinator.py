@@ -157,8 +157,9 @@ def _line(record: RoundRecord) -> str:
     """Say how a round went."""
     loss = "no loss told" if record.loss is None else f"loss {record.loss:.3f}"
     spent = f", epsilon up to {max(record.epsilon.values()):.2f}" if record.epsilon else ""
+    outcome = f"{record.outcome} ({record.problem})" if record.problem else record.outcome
     return (
-        f"round {record.round}: {record.outcome}, {len(record.accepted)} accepted, {len(record.rejected)} rejected, "
+        f"round {record.round}: {outcome}, {len(record.accepted)} accepted, {len(record.rejected)} rejected, "
         f"{loss}{spent}, {record.seconds:.1f} s, {sum(record.bytes_up.values()) / 1e6:.2f} MB up "
         f"-> adapter {record.adapter_sha256[:12]}"
     )
