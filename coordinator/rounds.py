@@ -88,7 +88,7 @@ class Federation:
             yield record
             missed = 0 if record.outcome == "aggregated" else missed + 1
             if missed >= MISSED_ROUNDS:
-                raise FederationError(f"{missed} rounds in a row came to nothing. {self._why(collection, problem)}")
+                raise FederationError(f"{missed} rounds in a row {self._why(collection, problem)}")
         self._publish(*self._planner.plan(number, known, {}))
         self._say_the_end()
 
@@ -109,10 +109,10 @@ class Federation:
 
     def _why(self, collection: Collection, problem: str) -> str:
         if problem:
-            return f"Last: {problem}"
+            return f"came to nothing: {problem}"
         return (
-            f"There was no quorum of {self._config.quorum}; last waited for {', '.join(collection.silent)}. See their "
-            f"status and logs, or lower quorum or raise deadline_s"
+            f"without a quorum of {self._config.quorum}; last waited for {', '.join(collection.silent)}. See their status and "
+            f"logs, or lower quorum or raise deadline_s"
         )
 
     def _say_the_end(self) -> None:

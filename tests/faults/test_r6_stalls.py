@@ -28,7 +28,7 @@ KEEPALIVE = {"keepalive_s": 5}
 SLACK_S = 20.0  # starting and learning on a busy machine
 TOGETHER = 6
 ENDED = CODES["coordinator.errors.FederationError"]
-NAMED = re.compile(r"^error: .*(without a quorum of|needs \d+ clients, only)", re.MULTILINE)
+NAMED = re.compile(r"^error: .*(without a quorum of|needs \d+ clients, only|was away for)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
