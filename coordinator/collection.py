@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from coordinator.checks import Expectation, Late, check_counts, check_offer, che
 from coordinator.judgement import Yardstick, too_large
 from protocol.events import ClientSeen, CoordinatorEvent, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
 from protocol.messages import Offer, RoundPlan, Status, Update, Verdict
+
+TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Collection:
         for client, part in came_late:
             self._take_late(client, part)
         self._paused: float | None = None
+        self._tries = Counter(answer.client for answer in refused)
         self._failed: set[str] = set()
         self.refused = list(refused)
         self._yardstick = yardstick
@@ -185,6 +189,8 @@ class Collection:
             case OfferMade(client=client, offer=offer):
                 expected, counted = self._against(offer)
                 verdict = check_offer(client, offer, expected, counted)
+                if verdict.accepted and self._tries[client] >= TRIES:
+                    verdict = rejected("too-many-tries", f"{TRIES} updates of this client were refused in this round")
                 return Wanted(client, offer) if verdict.accepted else self._answer(Answer(client, offer, verdict))
             case UpdateArrived(client=client, offer=offer, update=update):
                 return self._answer(Answer(client, offer, self._count(client, offer, update)))
@@ -248,6 +254,7 @@ class Collection:
         # What a client wrote may be in the detail: printable and short, as it goes into logs and records.
         detail = ascii(answer.verdict.detail)[1:-1][:300]
         answer = replace(answer, verdict=replace(answer.verdict, detail=detail))
+        self._tries[answer.client] += not answer.verdict.accepted
         if not answer.verdict.accepted and not any(self._alike(answer, other) for other in self.refused):
             self.refused.append(answer)
         return answer

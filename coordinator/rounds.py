@@ -111,8 +111,8 @@ class Federation:
         if problem:
             return f"came to nothing: {problem}"
         return (
-            f"without a quorum of {self._config.quorum}; last waited for {', '.join(collection.silent)}. See their status and "
-            f"logs, or lower quorum or raise deadline_s"
+            f"without a quorum of {self._config.quorum}; last waited for {', '.join(collection.silent)}. See their status "
+            f"and logs, or lower quorum or raise deadline_s"
         )
 
     def _say_the_end(self) -> None:
@@ -232,7 +232,10 @@ class Federation:
         yardstick = Yardstick.of(recipe) if recipe.defence.over_limit == "reject" else None
         had = (opened.accepted, opened.refused, yardstick, late, came_late)
         with self._store.intact():
-            return started, Collection(expected, self._config.quorum, begun, *had)
+            collection = Collection(expected, self._config.quorum, begun, *had)
+        for client in self._devices.shut_out if self._devices is not None else ():
+            collection.give_up(client)  # also if it was shut out while nobody was here to see it
+        return started, collection
 
     def _publish(self, expected: Expectation, announced: list[Action]) -> None:
         self._link.do([*announced, *self._end.publish_plan(expected.plan)])
@@ -290,8 +293,8 @@ class Federation:
         match event:
             case ClientSeen(client=client, status=status):
                 self._roster.hear(client, status, self._clock())
-                if status.phase == "failed":
-                    log.warning("client %s failed: %s", client, status.detail)
+                if status.phase == "failed" and self._is_news(client, "failed"):
+                    log.warning("client %s failed: %s", client, ascii(status.detail)[1:-1])
             case BrokerLink(up=False, reason=reason):
                 log.warning("lost the broker (%s), connecting again", reason)
                 self._down = self._clock() if self._down is None else self._down
@@ -347,10 +350,13 @@ class Federation:
                 collection.recover(client, offer, update)
         return True
 
+    def _is_news(self, client: str, what: str) -> bool:
+        """Whether to log what a client did: the 1st, 2nd, 4th, 8th ... time, so that a flood fills no log."""
+        self._refused[client, what] += 1
+        count = self._refused[client, what]
+        return count & (count - 1) == 0
+
     def _reply(self, answer: Answer) -> None:
-        if not answer.verdict.accepted:
-            kind = (answer.client, answer.verdict.reason)
-            self._refused[kind] += 1
-            if (count := self._refused[kind]) & (count - 1) == 0:  # a flood fills no log
-                log.warning("rejected %s: %s, %s (%d so far)", *kind, answer.verdict.detail, count)
+        if not answer.verdict.accepted and self._is_news(answer.client, answer.verdict.reason):
+            log.warning("rejected %s: %s, %s", answer.client, answer.verdict.reason, answer.verdict.detail)
         self._link.do(self._end.answer(answer.client, answer.offer, answer.verdict))

@@ -30,7 +30,8 @@ class TextSamples:
         the same, otherwise all rows do.
         """
         updates = [contributions[client].update for client in sorted(contributions)]
-        width = max(rows.shape[1] for u in updates for rows in (u.features, u.prototypes))
+        # An empty array may have any width.
+        width = max((rows.shape[1] for u in updates for rows in (u.features, u.prototypes) if len(rows)), default=0)
         none = np.zeros((0, width), np.float32)
         features = np.concatenate([none, *(u.features for u in updates if len(u.features))])
         labels = np.concatenate([u.labels for u in updates])

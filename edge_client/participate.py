@@ -6,7 +6,7 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from edge_client.errors import PlanRefusedError, ShutOutError
+from edge_client.errors import DataError, PlanRefusedError, ShutOutError
 from edge_client.outbox import Outbox
 from edge_client.participation import Announce, Leave, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
@@ -47,7 +47,7 @@ def participate(
                     if isinstance(problem, TrainingStopped):
                         break
                     if problem is not None and not isinstance(problem, PlanRefusedError):
-                        carry_out(client.failed(str(problem)), link, end)
+                        carry_out(client.failed(public(problem)), link, end)
                         raise problem
                     steps += finished(client, end, training)
                     training = None
@@ -59,6 +59,13 @@ def participate(
         finally:
             stop.set()
             link.bus.close(end.farewell())
+
+
+def public(problem: BaseException) -> str:
+    """Return what others may know of a failure: not what folders and pictures are called here."""
+    if isinstance(problem, DataError | OSError):
+        return "its pictures cannot be used: see its log"
+    return str(problem)
 
 
 def tell(event: ClientEvent) -> None:

@@ -187,13 +187,13 @@ def summarise(
     adapter: Adapter = adapter_state(encoder.model)
     features = encode(encoder, data)
     correct = (features @ bank.embeddings.T).argmax(axis=1) == data.labels
-    present = np.unique(data.labels)
-    shown = np.array([c for c in present if (data.labels == c).sum() >= recipe.min_prototype_count], np.int32)
+    # Of the other classes nothing leaves the device: features would tell their prototypes and counts.
+    shown = np.array([c for c in np.unique(data.labels) if (data.labels == c).sum() >= recipe.min_prototype_count], np.int32)
     means = np.array([features[data.labels == c].mean(axis=0) for c in shown]).reshape(-1, features.shape[1])
     order = np.random.default_rng(seed).permutation(len(data))
     wanted = correct if recipe.features_of == "correct" else np.ones(len(data), bool)
-    chosen = [order[(data.labels[order] == c) & wanted[order]][: recipe.features_per_class] for c in present]
-    picked = np.concatenate(chosen)
+    chosen = [order[(data.labels[order] == c) & wanted[order]][: recipe.features_per_class] for c in shown]
+    picked = np.concatenate([order[:0], *chosen])
     sent = features[picked]
     if recipe.features_from == "start" and recipe.local_steps and len(picked):  # without steps the two are one
         load_adapter(encoder.model, start)

@@ -283,12 +283,12 @@ class CoordinatorEnd:
         client = address.client
         if address.federation != self.topics.federation or address.direction != "from" or client is None:
             raise Refused("wrong-topic", "this is not said to the coordinator")
-        self.bytes_up[client] += len(payload)
         if address.kind == "blob":
             assert address.sha256 is not None
             assert address.index is not None
             return [], self._chunk(client, address.sha256, address.index, payload, now)
         envelope = self.gate.open(address, payload)
+        self.bytes_up[client] += len(payload)
         match address.kind:
             case "status":
                 return [], [ClientSeen(client, expect(envelope, Status))]
@@ -337,6 +337,7 @@ class CoordinatorEnd:
         if state is None or state.fetch is None or state.offer is None or state.fetch.ref.sha256 != digest:
             self.gate.unwanted()
             return []
+        self.bytes_up[client] += len(data)
         state.fetch.chunk(index, data, now)
         self._turns.progress(client, now)
         blob = state.fetch.blob()
@@ -358,13 +359,13 @@ class CoordinatorEnd:
             return UpdateUnreadable(client, offer, str(error))
 
     def _to(self, client: str, manifest: Manifest) -> Publish:
-        return Publish(self.topics.to(client, manifest.kind), self._sealed(manifest), expiry_s=CHUNK_EXPIRY_S)
+        return Publish(self.topics.to(client, manifest.kind), self._sealed(manifest, client), expiry_s=CHUNK_EXPIRY_S)
 
     def _announce_own(self, client: str) -> Publish:
-        return Publish(self.topics.to(client, ClientAdapter.kind), self._sealed(self._own[client]), retain=True)
+        return Publish(self.topics.to(client, ClientAdapter.kind), self._sealed(self._own[client], client), retain=True)
 
     def _broadcast(self, manifest: Manifest) -> Publish:
         return Publish(self.topics.broadcast(manifest.kind), self._sealed(manifest), retain=True)
 
-    def _sealed(self, manifest: Manifest) -> bytes:
-        return self._signer.seal(self.topics.federation, COORDINATOR, manifest)
+    def _sealed(self, manifest: Manifest, to: str | None = None) -> bytes:
+        return self._signer.seal(self.topics.federation, COORDINATOR, manifest, to)

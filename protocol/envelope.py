@@ -1,9 +1,9 @@
 """Manifests as bytes, and back.
 
 An envelope is canonical JSON with sorted keys and no spaces: `{"v", "federation", "sender", "instance", "kind", "sequence",
-"body"}`. Everything that a signature has to bind is inside these exact bytes, and these two functions are the only place
-where bytes become a manifest: trust/signing.py signs what `encode` returns, and trust/gate.py checks the signature before
-`decode` reads it.
+"body"}`, and `"to"` if it is for one client. Everything that a signature has to bind is inside these exact bytes, and these
+two functions are the only place where bytes become a manifest: trust/signing.py signs what `encode` returns, and
+trust/gate.py checks the signature before `decode` reads it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class _Frame(BaseModel):
     kind: Name
     sequence: Annotated[int, Field(ge=0, le=2**53)]
     instance: Instance
+    to: Name | None = None
     body: dict[str, Any]
 
 
@@ -57,7 +58,8 @@ class _Frame(BaseModel):
 class Envelope:
     """A manifest with who says so, in which federation. `sequence` rises with everything that a sender says.
 
-    `instance` is drawn by each process anew: it tells two that speak under one name apart.
+    `instance` is drawn by each process anew: it tells two that speak under one name apart. `to` is the one client that it is
+    meant for, None if it is for all, or for the coordinator.
     """
 
     federation: str
@@ -65,6 +67,7 @@ class Envelope:
     manifest: Manifest
     sequence: int = 0
     instance: str = NOBODY
+    to: str | None = None
 
 
 def encode(envelope: Envelope) -> bytes:
@@ -77,6 +80,7 @@ def encode(envelope: Envelope) -> bytes:
         "sequence": envelope.sequence,
         "instance": envelope.instance,
         "body": envelope.manifest.model_dump(mode="json"),
+        **({} if envelope.to is None else {"to": envelope.to}),
     }
     data = json.dumps(frame, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     if len(data) > MAX_MANIFEST:
@@ -101,7 +105,7 @@ def decode(data: bytes) -> Envelope:
         raise WireError(f"unknown kind of manifest {frame.kind!r}")
     try:
         manifest = schema.model_validate(frame.body)
-        return Envelope(frame.federation, frame.sender, manifest, frame.sequence, frame.instance)
+        return Envelope(frame.federation, frame.sender, manifest, frame.sequence, frame.instance, frame.to)
     except ValidationError as error:
         raise WireError(f"bad {frame.kind} manifest: {_first(error)}") from error
 

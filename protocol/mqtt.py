@@ -33,6 +33,7 @@ from protocol.settings import BrokerSettings
 log = logging.getLogger(__name__)
 
 WINDOW = 8
+INBOX_BYTES = 64 << 20
 PACKET_OVERHEAD = 64
 NO_ANSWER = "no answer"
 WITHOUT_A_WORD = "it ended the connection without a word"
@@ -58,6 +59,7 @@ class MqttBus:
         self._tls = tls.context(settings) if settings.tls else None
         self._password = settings.password()
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._came = self._taken = self._dropped = 0  # bytes: the first is paho's thread's, the second the user's
         self._client: Client | None = None
         self._connected = False
         self._taken_in = self._ever_taken_in = False
@@ -111,9 +113,12 @@ class MqttBus:
     def receive(self, timeout: float) -> Event | None:
         """Return the next event, or None after `timeout` seconds or a wake."""
         try:
-            return self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait()
+            event = self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait()
         except queue.Empty:
             return None
+        if isinstance(event, Delivery):
+            self._taken += len(event.payload)
+        return event
 
     def room(self) -> int:
         """How many more chunks fit the window of unacknowledged messages."""
@@ -243,6 +248,12 @@ class MqttBus:
         self._lost.set()
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
+        if self._came - self._taken > INBOX_BYTES:  # while the user is busy: what is lost comes again, memory does not
+            self._dropped += 1
+            if self._dropped & (self._dropped - 1) == 0:
+                log.warning("dropped %d messages: more than %d MB wait to be read", self._dropped, INBOX_BYTES >> 20)
+            return
+        self._came += len(message.payload)
         self._inbox.put(Delivery(message.topic, bytes(message.payload)))
 
     def _on_subscribe(

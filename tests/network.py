@@ -10,12 +10,23 @@ from typing import Any
 from protocol.bus import Action, Connected, Delivery, Event, Publish, Subscribe, matches
 from protocol.client_end import ClientEnd
 from protocol.coordinator_end import CoordinatorEnd
+from protocol.errors import WireError
 from protocol.events import OfferMade
 from protocol.messages import Manifest
+from protocol.topics import parse
 
 STEP_S = 0.05
 Ends = dict[str, Any]
 """By name: ClientEnd, CoordinatorEnd, or what stands where one stands."""
+
+
+def addressee(topic: str) -> str | None:
+    """Return the client that a topic is to, None if it is to all, to the coordinator, or no topic of ours."""
+    try:
+        address = parse(topic)
+    except WireError:
+        return None
+    return address.client if address.direction == "to" else None
 
 
 class Network:
@@ -111,7 +122,7 @@ class Network:
 
     def signed(self, name: str, topic: str, manifest: Manifest) -> Delivery:
         """What an end would say, written by hand."""
-        return Delivery(topic, self.ends[name]._signer.seal("fed", name, manifest))
+        return Delivery(topic, self.ends[name]._signer.seal("fed", name, manifest, addressee(topic)))
 
     def seen(self, name: str, kind: type) -> list:
         return [event for event in self.events[name] if isinstance(event, kind)]

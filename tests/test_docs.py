@@ -34,7 +34,7 @@ def test_an_example_is_what_would_travel(text: str) -> None:
     envelope = decode(text.encode())
     compact = text.strip().replace("\n", " ").replace(", ", ",").replace(": ", ":")
     assert encode(envelope).decode() == compact
-    token = Signer().seal(envelope.federation, envelope.sender, envelope.manifest)
+    token = Signer().seal(envelope.federation, envelope.sender, envelope.manifest, envelope.to)
     assert decode(opened(token, signer_of(token))).manifest == envelope.manifest
 
 
@@ -60,7 +60,7 @@ def test_the_topics_of_the_table_are_the_topics() -> None:
 def verdicts() -> set[str]:
     """The verdicts that the code can give: literals, or constants of their module."""
     found = set()
-    for path in (*(ROOT / "protocol").glob("*.py"), *(ROOT / "coordinator").glob("*.py")):
+    for path in (*(ROOT / "protocol").rglob("*.py"), *(ROOT / "coordinator").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants = {
             target.id: node.value.value

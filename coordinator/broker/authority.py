@@ -71,7 +71,11 @@ class Authority:
 
         Returns the certificate's path; raises SettingsError if there is one of this name, or a host cannot be used.
         """
-        if (self.folder / f"{name}.pem").exists() or name == CA:
+        if name in (CA, CRL.removesuffix(".pem")):
+            raise SettingsError(
+                f"{self.folder / name}.pem exists and is the authority's own: give the certificate another name"
+            )
+        if (self.folder / f"{name}.pem").exists():
             raise SettingsError(f"{self.folder / f'{name}.pem'} exists: move it aside to issue another one of this name")
         key = generate_private_key(SECP256R1())
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
@@ -110,8 +114,6 @@ class Authority:
         path = self.folder / CRL
         try:
             return list(x509.load_pem_x509_crl(path.read_bytes()))
-        except FileNotFoundError:
-            return []
         except (OSError, ValueError) as error:
             raise SettingsError(
                 f"{path} cannot be read: {error}. Restore it: without it what was revoked is valid"

@@ -46,17 +46,18 @@ class Devices:
                 raise Refused("unknown-device", f"{sender} is not registered: `clipcast device add {sender} {key}` would")
         elif known.revoked:
             raise Refused("revoked", f"{sender} was revoked")
-        elif known.quarantined:
-            raise Refused(
-                "quarantined",
-                f"two devices have used {sender} and its key at the same time: when one of them is switched off, or has an "
-                f"id and a state of its own, `clipcast device add {sender} {key}` lets the other one in again",
-            )
         elif known.key != key:
             raise Refused(
                 "wrong-key",
                 f"{sender} is registered with key {known.key[:12]}, this is signed with {key[:12]}: another device of this "
-                f"name, or the same one set up anew (then `clipcast device add {sender} {key}`)",
+                f"name, or the same one set up anew (then `clipcast device add {sender} KEY`, with what `clipcast client "
+                f"key` prints there)",
+            )
+        elif known.quarantined:
+            raise Refused(
+                "quarantined",
+                f"two devices have used {sender} and its key at the same time: when one of them is switched off, or has an "
+                f"id and a state of its own, `clipcast device add {sender} {known.key}` lets the other one in again",
             )
 
     def admit(self, sender: str, key: str) -> None:
@@ -95,6 +96,11 @@ class Devices:
     def active(self) -> set[str]:
         """The devices that may take part."""
         return {name for name, device in self._known.items() if not device.revoked and not device.quarantined}
+
+    @property
+    def shut_out(self) -> set[str]:
+        """The devices that were revoked, or are in quarantine."""
+        return self._known.keys() - self.active
 
     def is_revoked(self, client: str) -> bool:
         """Whether a device was cut off for good, and not only given another key."""

@@ -25,7 +25,6 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
-    func,
     inspect,
     select,
 )
@@ -33,12 +32,12 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from coordinator.errors import FederationError, NotKeptError
+from coordinator.state.sole import Sole
 from protocol.storage.files import lock_folder, make_folder
 
 FILE = "journal.db"
 VERSION = 3
 SILENCE_S = 30  # a database that answers nothing for so long is taken for away
-LEASE = 0x636C6970  # the advisory lock of the coordinator at work: one database, one federation
 # PostgreSQL's classes of errors that are about its surroundings, not about what it was asked: connections, no room,
 # read-only, shutting down, its disk.
 PASSING = ("08", "25", "53", "55", "57", "58")
@@ -132,7 +131,7 @@ class Journal:
         self._url = URL.create("sqlite", database=str(folder / FILE)) if url is None else _parse(url)
         self._engine: Engine | None = None
         self._lock: IO[bytes] | None = None
-        self._lease: Connection | None = None
+        self._sole: Sole | None = None
 
     def __str__(self) -> str:
         return str(self._file or self._url)  # SQLAlchemy hides the password
@@ -149,8 +148,11 @@ class Journal:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Give a transaction: committed as a whole at the end, or not at all; raises FederationError."""
-        with self._told(), self._connect() as connection, connection.begin():
-            yield connection
+        with self._told():
+            if self._sole is not None:
+                self._sole.hold()
+            with self._connect() as connection, connection.begin():
+                yield connection
 
     def prepare(self) -> None:
         """Make this process the only coordinator of the folder, and the tables; raises FederationError."""
@@ -164,7 +166,10 @@ class Journal:
             except OSError as error:
                 raise not_written(self._folder, error) from error
         self.make_tables()
-        self._take_lease()
+        if self._file is None and self._sole is None:
+            self._sole = Sole(self._open(), str(self))
+            with self._told():
+                self._sole.hold()
 
     def make_tables(self) -> None:
         """Make the tables that are not there yet; also while a coordinator is at work. Raises FederationError."""
@@ -190,25 +195,11 @@ class Journal:
             )
         return True
 
-    def _take_lease(self) -> None:
-        """Keep a second coordinator with another folder out of the database, for as long as this connection lives."""
-        if self._file is not None or self._lease is not None:
-            return
-        with self._told():
-            lease = self._connect().execution_options(isolation_level="AUTOCOMMIT")
-            taken = lease.scalar(select(func.pg_try_advisory_lock(LEASE)))
-        if not taken:
-            lease.close()
-            raise FederationError(
-                f"another coordinator is at work with the journal {self}: stop it, or name another database"
-            )
-        self._lease = lease
-
     def close(self) -> None:
         """Let go of the folder and the database."""
-        if self._lease is not None:
-            self._lease.invalidate()  # closed for real: in the pool it would go on holding the lock
-            self._lease = None
+        if self._sole is not None:
+            self._sole.close()
+            self._sole = None
         if self._engine is not None:
             self._engine.dispose()
             self._engine = None

@@ -52,7 +52,10 @@ def disclose(
         noisy = budget.noised(privacy, work, "adapter", change, adapter_sensitivity(privacy.clip))
         adapter = moved(start, noisy, names)
         load_adapter(encoder.model, adapter)
-    sums = class_sums(encode(encoder, data), data.labels, classes)
+    # One by one: an 8-bit layer on a GPU picks the columns that it does not quantise over the whole batch, so that one
+    # picture more would change the embeddings of others, and a sum by more than its own.
+    alone = np.concatenate([encode(encoder, data, [index]) for index in range(len(data))])
+    sums = class_sums(alone, data.labels, classes)
     noisy = budget.noised(privacy, work, "prototypes", sums, PROTOTYPE_SENSITIVITY)
     prototypes, shown, counts = prototypes_of(noisy, recipe.min_prototype_count)
     none = np.zeros(0, np.int32)

@@ -21,7 +21,7 @@ from protocol.trust.succession import leads_to, newest
 log = logging.getLogger(__name__)
 
 RETAINED = frozenset(("classes", "round", "adapter"))
-LASTING = (*sorted(RETAINED), "receipt")
+LASTING = (*sorted(RETAINED), "receipt", "notice")
 
 
 class Trust(Protocol):
@@ -186,9 +186,10 @@ class Gate:
             raise
         except WireError as error:
             raise Refused("malformed", str(error)) from error
-        said = (envelope.federation, envelope.sender, envelope.manifest.kind)
-        if said != (address.federation, sender, address.kind):
-            raise Refused("wrong-topic", f"a {said[2]} manifest by {said[1]!r} in {said[0]!r} on a topic of others")
+        said = (envelope.federation, envelope.sender, envelope.manifest.kind, envelope.to)
+        if said != (address.federation, sender, address.kind, address.client if address.direction == "to" else None):
+            to = "" if said[3] is None else f" to {said[3]!r}"
+            raise Refused("wrong-topic", f"a {said[2]} manifest by {said[1]!r}{to} in {said[0]!r} on a topic of others")
         if sender != COORDINATOR:
             self._check_alone(sender, envelope)
         if not (isinstance(envelope.manifest, Status) and envelope.manifest.state == "offline"):

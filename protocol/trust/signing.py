@@ -116,9 +116,9 @@ class Signer:
         sequence.reserve()  # now, when somebody is told if it cannot be
         return cls(private_key(folder / "key.pem"), sequence)
 
-    def seal(self, federation: str, sender: str, manifest: Manifest) -> bytes:
-        """Return a manifest as the signed bytes that travel; raises WireError if it is too long."""
-        data = encode(Envelope(federation, sender, manifest, self._sequence.next(), self._instance))
+    def seal(self, federation: str, sender: str, manifest: Manifest, to: str | None = None) -> bytes:
+        """Return a manifest, for all or `to` one client, as the signed bytes that travel; raises WireError if too long."""
+        data = encode(Envelope(federation, sender, manifest, self._sequence.next(), self._instance, to))
         return _jws.encode(data, self._key, ALGORITHM, {"kid": self.public, "typ": None}).encode()
 
 

@@ -353,3 +353,14 @@ def test_an_answer_that_could_not_be_kept_is_as_if_it_had_not_been_given(expecte
     assert not collection.refused
     assert collection.take(arrival("ann")).verdict.accepted
     assert collection.take(arrival("bob")).verdict.accepted
+
+
+def test_who_was_refused_eight_times_is_not_fetched_from_again_in_the_round(expected, arrival):
+    collection = Collection(expected, 4, START)
+    good = arrival("ann")
+    for _ in range(8):
+        assert collection.take(OfferMade("ann", good.offer)) == Wanted("ann", good.offer)
+        assert not collection.take(arrival("ann", bad=True)).verdict.accepted
+    assert collection.take(OfferMade("ann", good.offer)).verdict.reason == "too-many-tries"
+    assert collection.take(OfferMade("bob", arrival("bob").offer)) == Wanted("bob", arrival("bob").offer)
+    assert {answer.verdict.reason for answer in collection.refused} == {"not-finite", "too-many-tries"}

@@ -89,7 +89,8 @@ def test_a_failed_training_is_announced_with_its_reason_and_raised(make_ready, m
     problem = lab.run(make_trainer(source=str(tmp_path / "absent")))
     assert isinstance(problem, DataError)
     failed = [status for status in lab.statuses if status.phase == "failed"]
-    assert [(status.round, status.detail) for status in failed] == [(1, str(problem))]
+    assert [(status.round, status.detail) for status in failed] == [(1, "its pictures cannot be used: see its log")]
+    assert str(tmp_path) in str(problem)  # told here, and to nobody else
     assert (lab.statuses[-1].state, lab.statuses[-1].phase) == ("offline", "stopped")
 
 

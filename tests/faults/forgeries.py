@@ -12,7 +12,7 @@ from protocol.envelope import decode
 from protocol.errors import WireError
 from protocol.trust.signing import signer_of
 from tests.faults.misplaced import elsewhere, misplaced_chunk, odd_size, repeated, signed_elsewhere, swapped_sender
-from tests.faults.rogue import Make, Rogue, b64, is_token, manifest_of, parts_of, payload_of, said
+from tests.faults.rogue import Make, Rogue, b64, is_token, parts_of, payload_of, said
 
 # Bytes that are not what was signed.
 
@@ -71,8 +71,8 @@ def rewritten(rogue: Rogue, delivery: Delivery) -> Delivery:
 
 
 def resigned(rogue: Rogue, delivery: Delivery) -> Delivery:
-    sender = decode(payload_of(delivery)).sender
-    return said(delivery, rogue.own.seal(rogue.federation, sender, manifest_of(delivery)))
+    envelope = decode(payload_of(delivery))
+    return said(delivery, rogue.own.seal(rogue.federation, envelope.sender, envelope.manifest, envelope.to))
 
 
 def _headed(rogue: Rogue, delivery: Delivery, header: bytes, signature: bytes | None = None) -> Delivery:

@@ -53,7 +53,7 @@ def signed_elsewhere(rogue: Rogue, delivery: Delivery) -> Delivery | None:
     )
     if (federation, sender, manifest.kind) == (rogue.federation, envelope.sender, envelope.manifest.kind):
         return None
-    return said(delivery, signer.seal(federation, sender, manifest))
+    return said(delivery, signer.seal(federation, sender, manifest, envelope.to))
 
 
 def swapped_sender(rogue: Rogue, delivery: Delivery) -> Delivery | None:

@@ -45,6 +45,7 @@ from protocol.trust.gate import FirstUse
 from protocol.trust.signing import Signer
 from tests.conftest import wait_until
 from tests.faults.rights import DEVICES, LAB, SHA
+from tests.network import addressee
 
 VICTIM, OTHER = DEVICES
 BANK = TextBank(1, ("x", "y"), ("a {}",), np.eye(2, 8, dtype=np.float32), 100.0, "clip", "digest")
@@ -208,7 +209,7 @@ def attacks(federation: Federation, upload: str, key: Signer) -> Iterator[tuple[
     names = (COORDINATOR, VICTIM, OTHER, "stranger")
     for sender, manifest in itertools.product(names, manifests(upload, key.public).values()):
         for topic in TOPICS:
-            yield topic, key.seal("lab", sender, manifest)
+            yield topic, key.seal("lab", sender, manifest, addressee(topic))
         yield LAB.broadcast(manifest.kind), key.seal("other", sender, manifest)
         for kind in KINDS_OF_TOPICS:  # below its own name in another's, or as of another federation
             where = LAB.from_(OTHER, kind)

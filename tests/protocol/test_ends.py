@@ -46,6 +46,7 @@ from protocol.transfer.exchange import cut_for, to_bitmap
 from protocol.transfer.parcel import Parcel, pack
 from protocol.trust.sealing import SEALING_BYTES, Unsealer
 from protocol.trust.signing import Signer, opened, signer_of
+from tests.network import addressee
 
 TOPICS = Topics("fed")
 SMALL_PACKETS = 1600  # chunks of 1088 bytes: a few dozen a blob
@@ -103,7 +104,7 @@ def said(message: Publish) -> tuple[str, Manifest]:
 
 
 def manifest_on(topic: str, manifest, federation: str = "fed", sender: str = COORDINATOR) -> Delivery:
-    return Delivery(topic, SIGNERS[sender].seal(federation, sender, manifest))
+    return Delivery(topic, SIGNERS[sender].seal(federation, sender, manifest, addressee(topic)))
 
 
 @given(fates, st.integers(1, 3), st.booleans())

@@ -38,6 +38,7 @@ from protocol.topics import Topics
 from protocol.transfer.exchange import to_bitmap
 from protocol.transfer.parcel import pack
 from protocol.trust.signing import Signer, opened, signer_of
+from tests.network import addressee
 
 TOPICS = Topics("fed")
 SHA = "ab" * 32
@@ -78,7 +79,9 @@ class Said:
     sender: str = COORDINATOR
 
     def delivery(self) -> Delivery:
-        return Delivery(self.topic, SIGNERS[self.sender].seal(self.federation, self.sender, self.manifest))
+        return Delivery(
+            self.topic, SIGNERS[self.sender].seal(self.federation, self.sender, self.manifest, addressee(self.topic))
+        )
 
 
 def delivered(message: Delivery | Said) -> Delivery:

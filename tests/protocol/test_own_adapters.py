@@ -34,6 +34,7 @@ from protocol.storage.blobs import Blobs
 from protocol.topics import Topics, parse
 from protocol.transfer.exchange import PACKET_MARGIN, to_bitmap
 from protocol.trust.signing import Signer, opened, signer_of
+from tests.network import addressee
 
 TOPICS = Topics("fed")
 SMALL_PACKETS = 1600  # chunks of 1088 bytes: a handful an adapter
@@ -324,7 +325,9 @@ class Said:
     sender: str = COORDINATOR
 
     def delivery(self) -> Delivery:
-        return Delivery(self.topic, SIGNERS[self.sender].seal(self.federation, self.sender, self.manifest))
+        return Delivery(
+            self.topic, SIGNERS[self.sender].seal(self.federation, self.sender, self.manifest, addressee(self.topic))
+        )
 
 
 def delivered(message: Delivery | Said) -> Delivery:

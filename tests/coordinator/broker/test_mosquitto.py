@@ -180,6 +180,9 @@ def test_only_what_this_authority_has_issued_is_taken_back(tmp_path: Path) -> No
     (tmp_path / "stranger" / "eve.pem").rename(tmp_path / "ca" / "eve.pem")
     with pytest.raises(SettingsError, match="is not a certificate that this authority has issued"):
         authority.revoke("eve")
-    (tmp_path / "ca" / CRL).write_text("x")
-    with pytest.raises(SettingsError, match="without it what was revoked is valid"):
-        authority.revoke("jetson-1")
+    for spoil in (lambda: (tmp_path / "ca" / CRL).write_text("x"), (tmp_path / "ca" / CRL).unlink):
+        spoil()
+        with pytest.raises(SettingsError, match="without it what was revoked is valid"):
+            authority.revoke("jetson-1")
+    with pytest.raises(SettingsError, match="the authority's own"):
+        authority.issue("crl")

@@ -13,9 +13,17 @@ from coordinator.records import Identity
 from coordinator.state.devices import Devices
 from coordinator.state.store import Store
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 IDENTITY = Identity(
     federation="lab", model_digest="a" * 64, classes=("cat", "dog"), rank=4, alpha=8.0, projections=("q",), first_block=0
 )
+
+
+@pytest.fixture(autouse=True)
+def sockets():
+    """Collect, while that is ignored, the sockets that pg8000 leaves open when the server has closed them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -77,7 +85,6 @@ def test_devices_stay_as_they_were_while_the_database_is_away(store, database, c
     assert devices.is_revoked("ann")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pg8000 leaves such a socket open
 def test_a_server_that_says_nothing_is_not_waited_for_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("coordinator.state.journal.SILENCE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -85,16 +92,24 @@ def test_a_server_that_says_nothing_is_not_waited_for_without_end(tmp_path, monk
         with pytest.raises(NotKeptError, match="timed out"):
             store.prepare()
         store.close()
-    gc.collect()
 
 
 def test_a_second_coordinator_with_another_folder_is_turned_away_until_the_first_has_stopped(tmp_path, store, database):
     second = Store(tmp_path / "other", database[0])
     with pytest.raises(
-        FederationError, match=r"another coordinator is at work with the journal postgresql.*another database"
+        FederationError, match=r"another coordinator is at work with the journal postgresql.*a database of its own"
     ):
         second.begin(IDENTITY)
     second.close()
     store.close()
     assert second.begin(IDENTITY)[1] == 2
+    second.close()
+
+
+def test_the_lock_is_taken_again_when_the_server_was_restarted(tmp_path, store, database):
+    database[1](ENDED)
+    store.registry.add("ann", "key")
+    second = Store(tmp_path / "other", database[0])
+    with pytest.raises(FederationError, match="another coordinator is at work"):
+        second.begin(IDENTITY)
     second.close()

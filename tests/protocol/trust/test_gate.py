@@ -120,11 +120,11 @@ def test_a_last_will_that_was_signed_long_ago_is_let_in(gate):
 
 def test_a_restart_believes_nothing_older_than_what_it_had(tmp_path):
     signer, marks = Signer(), tmp_path / "state" / "marks.json"
-    old = {kind: signer.seal("fed", COORDINATOR, manifest) for kind, manifest in (("classes", BANK), ("receipt", RECEIPT))}
+    old = {"classes": signer.seal("fed", COORDINATOR, BANK), "receipt": signer.seal("fed", COORDINATOR, RECEIPT, "a")}
     topics = {"classes": TOPICS.broadcast("classes"), "receipt": TOPICS.to("a", "receipt"), "need": TOPICS.to("a", "need")}
     gate = Gate("fed", FirstUse(), marks)
-    for kind, manifest in (("classes", BANK), ("receipt", RECEIPT), ("need", NEED)):
-        gate.open(parse(topics[kind]), signer.seal("fed", COORDINATOR, manifest))
+    for kind, manifest, to in (("classes", BANK, None), ("receipt", RECEIPT, "a"), ("need", NEED, "a")):
+        gate.open(parse(topics[kind]), signer.seal("fed", COORDINATOR, manifest, to))
     newest = signer.seal("fed", COORDINATOR, BANK)
     gate.open(parse(topics["classes"]), newest)
     again = Gate("fed", FirstUse(), marks)
