@@ -129,7 +129,8 @@ def test_what_leaves_is_the_clean_result_with_the_noise_of_the_two_mechanisms(ru
     noise = noisy - change
     assert noise.std() == pytest.approx(0.01 * 2 * 0.5, rel=0.05)
     load_adapter(encoder.model, result.update.adapter)
-    sums = class_sums(encode(encoder, dataset), dataset.labels, 3)
+    alone = np.concatenate([encode(encoder, dataset, [index]) for index in range(len(dataset))])
+    sums = class_sums(alone, dataset.labels, 3)
     noisy = Budget(secret=b"\x07" * 32).noised(PRIVACY, work, "prototypes", sums, 2**0.5)
     assert result.update.prototype_counts.tolist() == np.rint(noisy[:, -1]).tolist()
     unit = noisy[:, :-1] / np.linalg.norm(noisy[:, :-1], axis=1, keepdims=True)
