@@ -255,7 +255,7 @@ def test_s9_a_stolen_device_is_cut_off_while_it_uploads(lab: Lab, tmp_path: Path
             wait_until(lambda: watch.size > 20_000, LONG_S, what="eve's upload to be under way")
             cut = [sys.executable, "-m", "clipcast", "device", "revoke", "eve", "--coordinator", str(coordinator.settings)]
             with subprocess.Popen(cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as revoke:
-                wait_until(lambda: coordinator.state.devices()["eve"].revoked, LONG_S, what="the command to be done")
+                wait_until(lambda: coordinator.devices()["eve"].revoked, LONG_S, what="the command to be done")
                 revoked_at = time.monotonic()
             assert revoke.returncode == 0
             wait_until(lambda: watch.size == 0, LONG_S, what="eve's upload to be given up")
