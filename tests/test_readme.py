@@ -39,14 +39,28 @@ def test_every_command_and_option_exists() -> None:
 
 def test_the_tree_names_every_folder() -> None:
     tree = README.split("## The tree")[1].split("```")[1]
-    named = {line.split("/")[0] for line in tree.strip().splitlines()}
+    named: set[str] = set()
+    above = ""
+    for line in tree.strip().splitlines():
+        folder = line.split("/")[0]
+        above = above if folder.startswith(" ") else folder
+        named.add(f"{above}/{folder.strip()}" if folder.startswith(" ") else folder)
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "clipcast-"))}
-    assert named == folders - {"dist"}
+    assert {name for name in named if "/" not in name} == folders - {"dist"}
+    inside = {
+        str(path.parent.relative_to(ROOT))
+        for top in ("protocol", "coordinator", "edge_client")
+        for path in (ROOT / top).glob("*/__init__.py")
+    }
+    assert {name for name in named if "/" in name} == inside
 
 
 def test_links_and_scripts_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
     for script in re.findall(r"python (benchmarks/\S+\.py)", README):
         assert (ROOT / script).exists(), script
 

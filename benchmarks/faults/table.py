@@ -31,8 +31,8 @@ PROOFS = {
 
 
 def rows(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a line of Markdown for each proof: its figures, each with its target if it has one."""
-    named = sorted((*name.split(" ", 1), figure) for name, figure in results.items())
+    """Return a line of Markdown for each proof: its figures with their targets, but for those that are told only."""
+    named = [(*name.split(" ", 1), figure) for name, figure in sorted(results.items()) if figure["target"] != "told"]
     named.sort(key=lambda line: (re.sub(r"\d", "", line[0]), int(re.sub(r"\D", "", line[0]) or 0)))
     return [
         f"| {proof}, {PROOFS[proof]} | {'; '.join(_told(name, figure) for _, name, figure in lines)} |"
@@ -43,7 +43,7 @@ def rows(results: dict[str, dict[str, Any]]) -> list[str]:
 def _told(name: str, figure: dict[str, Any]) -> str:
     value = figure["value"]
     shown = f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
-    target = "" if figure["target"] in ("", "told") else f" ({figure['target']})"
+    target = f" ({figure['target']})" if figure["target"] else ""
     text = f"{name} **{shown}**{' ' + figure['unit'] if figure['unit'] else ''}{target}"
     return text if figure["pass"] else f"{text} MISSED"
 
