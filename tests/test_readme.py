@@ -59,7 +59,7 @@ def test_links_and_scripts_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         path, _, anchor = target.partition("#")
         assert (ROOT / path).exists(), target
-        titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if anchor else []
+        titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
     for script in re.findall(r"python (benchmarks/\S+\.py)", README):
         assert (ROOT / script).exists(), script
