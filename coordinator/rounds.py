@@ -63,6 +63,7 @@ class Federation:
         self._store = store
         self._devices = devices
         self._roster = Roster()
+        self._settled = False
         self._down: float | None = None  # since when the broker is away
         self._refused: Counter[tuple[str, str]] = Counter()
         model = LocalModel(config.model) if model is None else model
@@ -75,7 +76,8 @@ class Federation:
         identity = self._planner.identity(self._bank)
         self._planner.run, self._planner.start = self._insist(lambda: self._store.begin(identity))
         number, known = self._insist(self._recall)
-        self._settle_roster()
+        for record in self._insist(self._store.records):
+            self._roster.learn(record)
         missed = 0
         while number < self._planner.last:
             number += 1
@@ -125,8 +127,7 @@ class Federation:
 
     def _settle_roster(self) -> None:
         """Wait until those who are there have said so: who is drawn must not depend on whom a broker names first."""
-        for record in self._insist(self._store.records):
-            self._roster.learn(record)
+        self._settled = True
         deadline, last = self._clock() + self._config.deadline_s, self._clock()
         while self._devices is not None and self._devices.active - set(self._roster) and self._clock() < deadline:
             before = len(self._roster)
@@ -197,6 +198,8 @@ class Federation:
             for event in self._poll(left, None):
                 self._notice(event)
                 self._settle(event, None, number - self._planner.phase(number).recipe.late_rounds)
+        if not self._settled:
+            self._settle_roster()
         drawn = self._roster.draw(number, wanted, self._config.seed)
         return {client: self._planner.rank(self._roster.status(client)) for client in drawn}
 
