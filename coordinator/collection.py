@@ -40,6 +40,9 @@ def refuse_all(event: CoordinatorEvent, oldest: int) -> Answer | None:
     return None
 
 
+_Kind = tuple[str, str, bool]  # a refusal's client and reason, and whether it is of this round: only those end a wait
+
+
 class Collection:
     """Collects a round's updates until `quorum` are accepted or the deadline has passed.
 
@@ -66,16 +69,18 @@ class Collection:
         self._deadline = now + expected.plan.deadline_s
         self._accepted = dict(accepted or {})
         self._late = dict(late or {})
-        self._came_late: dict[str, Contribution] = {}
-        self._came: set[tuple[str, int]] = set()  # all that came late, by client and round; the newest of a client counts
-        for client, part in came_late:
-            self._take_late(client, part)
         self._paused: float | None = None
-        self._tries = Counter(answer.client for answer in refused)
+        self._tries: Counter[str] = Counter()
         self._failed: set[str] = set()
-        self.refused = list(refused)
+        self._refused: dict[_Kind, tuple[Answer, int]] = {}
+        for answer in refused:
+            self._refuse(answer)
         self._yardstick = yardstick
         self._sizes = {client: self._size(contribution.update) for client, contribution in self._accepted.items()}
+        self._came_late: dict[tuple[str, int], Contribution] = {}  # of a client the newest counts, all are here
+        self._late_sizes: dict[tuple[str, int], tuple[float, ...]] = {}
+        for client, part in came_late:
+            self._take_late(client, part)
         self._set_aside: dict[str, Verdict] = {}
         self._judge()
 
@@ -90,11 +95,21 @@ class Collection:
         return self._accepted
 
     @property
+    def refused(self) -> list[Answer]:
+        """The refusals, of a client and reason the first."""
+        return [answer for answer, _ in self._refused.values()]
+
+    @property
+    def refusals(self) -> list[tuple[Answer, int]]:
+        """The refusals, of a client and reason the first, and how many there were."""
+        return list(self._refused.values())
+
+    @property
     def contributions(self) -> Mapping[str, Contribution]:
         """What the round is made of: what counts, and of who sent nothing else, what came late and is not too large."""
-        late = {client: part for client, part in self._came_late.items() if client not in self._accepted}
-        over = self._too_large({**self._sizes, **{client: self._size(part.update) for client, part in late.items()}})
-        return {**{client: part for client, part in late.items() if client not in over}, **self.counted}
+        over = self._late_too_large()
+        late = {client: self._came_late[key] for client, key in self._newest().items() if client not in over}
+        return {**late, **self.counted}
 
     @property
     def counted(self) -> Mapping[str, Contribution]:
@@ -104,9 +119,7 @@ class Collection:
     @property
     def set_aside(self) -> Mapping[str, Verdict]:
         """Who was told "accepted" and does not count, by client, and why: as the round stands now."""
-        late = {client: part for client, part in self._came_late.items() if client not in self._accepted}
-        over = self._too_large({**self._sizes, **{client: self._size(part.update) for client, part in late.items()}})
-        return {**{client: too_large(over[client]) for client in late if client in over}, **self._set_aside}
+        return {**{client: too_large(ratios) for client, ratios in self._late_too_large().items()}, **self._set_aside}
 
     @property
     def has_quorum(self) -> bool:
@@ -154,7 +167,7 @@ class Collection:
         if not answer.verdict.accepted:
             return False
         if offer.round in self._late:
-            return (client, offer.round) not in self._came and client not in self._late[offer.round].counted
+            return (client, offer.round) not in self._came_late and client not in self._late[offer.round].counted
         return offer.round == self.plan.round and client not in self._accepted
 
     def recover(self, client: str, offer: Offer, update: Update) -> None:
@@ -164,20 +177,29 @@ class Collection:
 
     def rest(self, answer: Answer, update: Update) -> None:
         """Put an accepted update's twin in its place: the same values, with an adapter that stays on the disk."""
-        for kept in (self._accepted, self._came_late):
-            if answer.client in kept and kept[answer.client].offer == answer.offer:
-                kept[answer.client] = replace(kept[answer.client], update=update)
+        client, key = answer.client, (answer.client, answer.offer.round)
+        if self._is_here(self._accepted.get(client), answer):
+            self._accepted[client] = replace(self._accepted[client], update=update)
+        if self._is_here(self._came_late.get(key), answer):
+            self._came_late[key] = replace(self._came_late[key], update=update)
 
     def take_back(self, answer: Answer) -> None:
         """Forget an answer that could not be kept: the update may come again."""
-        for kept in (self._accepted, self._came_late):
-            if answer.client in kept and kept[answer.client].offer == answer.offer:
-                del kept[answer.client]
-                self._came.discard((answer.client, answer.offer.round))
-        if answer.client not in self._accepted:
-            self._sizes.pop(answer.client, None)
-        self._judge()
-        self.refused = [other for other in self.refused if other is not answer]
+        client, key = answer.client, (answer.client, answer.offer.round)
+        if not answer.verdict.accepted:
+            first, times = self._refused.pop(self._kind(answer))
+            self._tries[answer.client] -= 1
+            if times > 1:
+                self._refused[self._kind(answer)] = first, times - 1
+        elif self._is_here(self._came_late.get(key), answer):
+            del self._came_late[key], self._late_sizes[key]
+        elif self._is_here(self._accepted.get(client), answer):
+            del self._accepted[client], self._sizes[client]
+            self._judge()
+
+    @staticmethod
+    def _is_here(part: Contribution | None, answer: Answer) -> bool:
+        return part is not None and part.offer == answer.offer
 
     def give_up(self, client: str) -> None:
         """Wait no longer for a client: it was cut off."""
@@ -213,7 +235,7 @@ class Collection:
         late = self._late.get(offer.round)
         if late is None:
             return self._expected, self._accepted.keys()
-        came = {client for client, number in self._came if number == offer.round}
+        came = {client for client, number in self._came_late if number == offer.round}
         return late.expected, came | set(late.counted)
 
     def _count(self, client: str, offer: Offer, update: Update) -> Verdict:
@@ -237,9 +259,18 @@ class Collection:
             self._take_late(client, Contribution(offer, update, late.discount))
 
     def _take_late(self, client: str, part: Contribution) -> None:
-        self._came.add((client, part.offer.round))
-        if client not in self._came_late or self._came_late[client].offer.round < part.offer.round:
-            self._came_late[client] = part
+        self._came_late[client, part.offer.round] = part
+        self._late_sizes[client, part.offer.round] = self._size(part.update)
+
+    def _newest(self) -> dict[str, tuple[str, int]]:
+        """Return where the newest late update is of those who sent none of this round."""
+        return {client: (client, number) for client, number in sorted(self._came_late) if client not in self._accepted}
+
+    def _late_too_large(self) -> dict[str, tuple[float, ...]]:
+        """Return which late ones are above the limit, of a median that they move; those in time are judged without them."""
+        newest = self._newest()
+        over = self._too_large({**self._sizes, **{client: self._late_sizes[key] for client, key in newest.items()}})
+        return {client: ratios for client, ratios in over.items() if client in newest}
 
     def _size(self, update: Update) -> tuple[float, ...]:
         return () if self._yardstick is None else self._yardstick.sizes(update.adapter)
@@ -254,12 +285,15 @@ class Collection:
         # What a client wrote may be in the detail: printable and short, as it goes into logs and records.
         detail = ascii(answer.verdict.detail)[1:-1][:300]
         answer = replace(answer, verdict=replace(answer.verdict, detail=detail))
-        self._tries[answer.client] += not answer.verdict.accepted
-        if not answer.verdict.accepted and not any(self._alike(answer, other) for other in self.refused):
-            self.refused.append(answer)
+        if not answer.verdict.accepted:
+            self._refuse(answer)
         return answer
 
-    def _alike(self, one: Answer, other: Answer) -> bool:
-        """Whether two refusals tell the same: of what a device offers again and again one is enough."""
-        here = (one.offer.round == self.plan.round) == (other.offer.round == self.plan.round)
-        return here and (one.client, one.verdict.reason) == (other.client, other.verdict.reason)
+    def _refuse(self, answer: Answer) -> None:
+        """Note a refusal: of what a device offers again and again the first, and how often."""
+        first, times = self._refused.get(self._kind(answer), (answer, 0))
+        self._refused[self._kind(answer)] = first, times + 1
+        self._tries[answer.client] += 1
+
+    def _kind(self, answer: Answer) -> _Kind:
+        return answer.client, answer.verdict.reason, answer.offer.round == self.plan.round

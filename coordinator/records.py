@@ -15,12 +15,13 @@ LARGEST = 64
 
 
 class Refusal(BaseModel):
-    """A rejected update."""
+    """A client's rejected updates of one reason: what was wrong with the first, and how many there were."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     client: str
     reason: str
     detail: str
+    times: int = 1
 
 
 class TextRecord(BaseModel):

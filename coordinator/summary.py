@@ -26,7 +26,8 @@ def summary(
     offers = {client: c.offer for client, c in sorted(collection.counted.items())}
     heard = {*collection.plan.participants, *collection.contributions}  # others may have said whatever, under any name
     samples = sum(offer.samples for offer in offers.values())
-    refused = [(answer.client, answer.verdict) for answer in collection.refused]
+    refused = [(answer.client, answer.verdict, times) for answer, times in collection.refusals]
+    aside = [(client, verdict, 1) for client, verdict in collection.set_aside.items()]
     text, attention = lesson.text, lesson.attention
     trained = collection.plan.recipe.local_steps > 0
     return RoundRecord(
@@ -35,8 +36,8 @@ def summary(
         problem=problem,
         accepted=list(offers),
         rejected=[
-            Refusal(client=client, reason=verdict.reason, detail=verdict.detail)
-            for client, verdict in [*refused, *collection.set_aside.items()]
+            Refusal(client=client, reason=verdict.reason, detail=verdict.detail, times=times)
+            for client, verdict, times in [*refused, *aside]
         ],
         silent=collection.silent,
         failed=collection.failed,

@@ -15,7 +15,7 @@ from coordinator.checks import Late, Start
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from protocol.codec import encode_adapter
 from protocol.events import BrokerLink, ClientSeen, OfferMade, OfferTooLarge, UpdateArrived, UpdateUnreadable
-from protocol.messages import Status, Verdict
+from protocol.messages import BlobRef, Status, Verdict
 
 START = 1000.0
 CLIENTS = ("ann", "bob", "cid", "dan")
@@ -255,6 +255,35 @@ def test_late_updates_outlive_a_restart(expected, arrival, late):
     assert collection.take(came).verdict.reason == "already-counted"
 
 
+@pytest.fixture
+def two_late(expected):
+    """What was expected in rounds 1 and 2, from which updates count a quarter and half."""
+    plans = {number: expected.plan.model_copy(update={"round": number}) for number in (1, 2)}
+    starts = {client: Start(OLD_BASE, start.shapes) for client, start in expected.starts.items()}
+    return {n: Late(dataclasses.replace(expected, plan=plan, starts=starts), set(), 0.25 * n) for n, plan in plans.items()}
+
+
+def test_a_late_update_that_could_not_be_kept_leaves_the_one_that_was(expected, arrival, two_late):
+    """As after a restart: what the journal has counts."""
+    one, two = (arrival("bob", round=number, base=OLD_BASE) for number in (1, 2))
+    collection = Collection(expected, 1, START, late=two_late)
+    collection.take(one)
+    collection.take_back(collection.take(two))
+    assert collection.contributions == {"bob": Contribution(one.offer, one.update, 0.25)}
+    assert collection.take(one).verdict.reason == "already-counted"
+    assert collection.take(two).verdict.accepted
+
+
+def test_an_older_late_update_that_could_not_be_kept_may_come_again(expected, arrival, two_late):
+    one, two = (arrival("bob", round=number, base=OLD_BASE) for number in (1, 2))
+    collection = Collection(expected, 1, START, late=two_late)
+    collection.take(two)
+    collection.take_back(collection.take(one))
+    assert collection.lacks(Answer("bob", one.offer, Verdict(True, "accepted")))
+    assert collection.take(one).verdict.accepted
+    assert collection.contributions["bob"].offer == two.offer
+
+
 @pytest.mark.parametrize("method", ["mean_of_factors", "mean_of_products"])
 @settings(deadline=None, max_examples=24)
 @given(order=st.permutations(CLIENTS))
@@ -364,3 +393,42 @@ def test_who_was_refused_eight_times_is_not_fetched_from_again_in_the_round(expe
     assert collection.take(OfferMade("ann", good.offer)).verdict.reason == "too-many-tries"
     assert collection.take(OfferMade("bob", arrival("bob").offer)) == Wanted("bob", arrival("bob").offer)
     assert {answer.verdict.reason for answer in collection.refused} == {"not-finite", "too-many-tries"}
+
+
+def test_a_flood_of_refusals_is_kept_once_and_counted(expected, arrival):
+    collection = Collection(expected, 1, START)
+    for number in range(5000):
+        offer = arrival("eve").offer.model_copy(update={"blob": BlobRef(sha256=f"{number:064x}", size=1)})
+        assert collection.take(OfferMade("eve", offer)).verdict.reason == "not-invited"
+    collection.take(arrival("ann", bad=True))
+    assert [(a.client, a.verdict.reason, times) for a, times in collection.refusals] == [
+        ("eve", "not-invited", 5000),
+        ("ann", "not-finite", 1),
+    ]
+    assert collection.refused == [answer for answer, _ in collection.refusals]
+
+
+def test_refusals_from_before_a_restart_are_counted_with_those_after(expected, arrival):
+    before = [Answer("ann", arrival("ann").offer, Verdict(False, "not-finite", f"no. {n}")) for n in range(3)]
+    collection = Collection(expected, 1, START, refused=before)
+    collection.take(arrival("ann", bad=True))
+    assert [(answer.verdict.detail, times) for answer, times in collection.refusals] == [("no. 0", 4)]
+
+
+def test_a_refusal_that_could_not_be_kept_is_not_counted_and_its_client_is_awaited_until_one_is(expected, arrival):
+    collection = Collection(expected, 4, START)
+    first = collection.take(arrival("ann", bad=True))
+    collection.take_back(collection.take(arrival("ann", bad=True)))
+    assert [times for _, times in collection.refusals] == [1]
+    assert collection.patience(START) == 0.0
+    collection.take_back(first)
+    assert not collection.refusals
+    assert collection.patience(START) == 100.0
+
+
+def test_a_refusal_in_another_round_s_name_ends_no_wait(expected, arrival):
+    collection = Collection(expected, 4, START)
+    for number in (2, 1, 2):
+        collection.take(arrival("ann", round=number))
+    assert [(answer.verdict.reason, times) for answer, times in collection.refusals] == [("stale-round", 3)]
+    assert collection.patience(START) == 100.0

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.aggregate import Contribution, aggregate
+from coordinator.checks import Late
 from coordinator.collection import Collection
 from coordinator.defence import Defence
 from coordinator.judgement import Yardstick, defended
@@ -244,3 +245,16 @@ def test_without_a_yardstick_all_accepted_ones_count(expected, arrive):
     collection = collect(expected, [arrive("ann"), arrive("bob", b=1000), arrive("cid")], ruler=None)
     assert collection.has_quorum
     assert not collection.set_aside
+
+
+def test_a_late_update_that_is_too_large_is_set_aside_too(expected, arrive):
+    plan = expected.plan.model_copy(update={"round": 2})
+    late = {2: Late(dataclasses.replace(expected, plan=plan), set(), 0.5)}
+    collection = Collection(expected, 2, START, yardstick=RULER, late=late)
+    for event in (arrive("ann"), arrive("bob")):
+        assert collection.take(event).verdict.accepted
+    for event in (arrive("cid", b=10), arrive("dan", seed=1)):
+        offer = event.offer.model_copy(update={"round": 2})
+        assert collection.take(dataclasses.replace(event, offer=offer)).verdict.accepted
+    assert sorted(collection.contributions) == ["ann", "bob", "dan"]
+    assert {client: verdict.reason for client, verdict in collection.set_aside.items()} == {"cid": "norm-too-large"}
