@@ -42,15 +42,18 @@ def delta(adapter: Adapter, layer: str, scale: float) -> Matrix:
 
 
 def mean_of_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Average A and B apart, weighted: what FedAvg does to LoRA parameters. All adapters must have the same shapes."""
+    """Average A and B apart, weighted: what FedAvg does to LoRA parameters. Raises ValueError if shapes differ."""
     shares = _shares(weights)
-    if len({rank_of(adapter) for adapter in adapters}) > 1:
-        raise ValueError("factors of different ranks have no mean: take the mean of products")
     mean: dict[str, NDArray[np.float32]] = {}
     for name in sorted(adapters[0]):
         total: NDArray[Any] = np.zeros(adapters[0][name].shape, np.float64)
         for adapter, share in zip(adapters, shares, strict=True):
-            total += share * adapter[name].astype(np.float64)
+            factor = adapter[name].astype(np.float64)
+            if factor.shape != total.shape:  # numpy would stretch what is 1 wide
+                raise ValueError(
+                    f"{name} is {factor.shape} and {total.shape}: factors of other shapes have no mean, products have"
+                )
+            total += share * factor
         mean[name] = total.astype(np.float32)
     return mean
 

@@ -78,8 +78,11 @@ class Planner:
 
     def suits(self, ranks: Mapping[str, int]) -> bool:
         """Whether a round may go on with these participants at these ranks."""
-        mixed = self._config.recipe.mixes_ranks or set(ranks.values()) <= {self.training.rank}
-        return mixed and len(ranks) <= self._config.clients_per_round
+        return self._averages(ranks) and len(ranks) <= self._config.clients_per_round
+
+    def _averages(self, ranks: Mapping[str, int]) -> bool:
+        """Whether the recipe can average adapters of these ranks; the aggregation may have been changed since the draw."""
+        return self._config.recipe.mixes_ranks or set(ranks.values()) <= {self.training.rank}
 
     def plan(self, number: int, known: Knowledge, ranks: Mapping[str, int]) -> tuple[Expectation, list[Action]]:
         """Serve class bank and adapters; return the plan, and what to say before it.
@@ -113,6 +116,8 @@ class Planner:
         late: dict[int, Late] = {}
         frozen = known.adapter if self.training.freeze_a else None
         for earlier in self._store.earlier(number, expected.plan.recipe.late_rounds):
+            if not self._averages(earlier.ranks):
+                continue
             shapes = self._shapes(earlier.ranks)
             starts = {client: Start(earlier.bases[client], shapes[rank], frozen) for client, rank in earlier.ranks.items()}
             discount = self._config.recipe.late_discount ** (number - earlier.plan.round)

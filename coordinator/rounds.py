@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
+from clip_lora.errors import ModelError
 from clip_lora.shapes import initial_adapter
 from coordinator.aggregate import Contribution
 from coordinator.checks import Expectation
@@ -26,7 +27,6 @@ from coordinator.state.store import Opened, Store
 from coordinator.summary import largest, summary
 from protocol.bus import Action
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.errors import WireError
 from protocol.events import BrokerLink, ClientSeen, Cloned, CoordinatorEvent, OfferMade, UpdateArrived, UpdateUnreadable
 from protocol.link import Link
 from protocol.messages import TextBank
@@ -83,35 +83,41 @@ class Federation:
             number += 1
             started, collection = self._begin(number, known)
             self._collect(collection)
-            known, lesson, problem = self._learn(collection, known)
-            record = summary(collection, lesson, known, self._clock() - started, self._end.take_bytes_up(), problem)
-            known = self._insist(partial(self._store.finish, record, known, lesson))
+            record, known = self._conclude(started, collection, known)
             self._roster.learn(record)
             yield record
             missed = 0 if record.outcome == "aggregated" else missed + 1
             if missed >= MISSED_ROUNDS:
-                raise FederationError(f"{missed} rounds in a row {self._why(collection, problem)}")
+                raise FederationError(f"{missed} rounds in a row {self._why(collection, record)}")
         self._publish(*self._planner.plan(number, known, {}))
         self._say_the_end()
 
-    def _learn(self, collection: Collection, known: Knowledge) -> tuple[Knowledge, Lesson, str]:
-        """Make of a round what there is in it; the last is why nothing came of it although it had its quorum.
+    def _conclude(self, started: float, collection: Collection, known: Knowledge) -> tuple[RoundRecord, Knowledge]:
+        """Learn what there is in a round, and keep it; return its record, and what is known then.
 
         What updates make fail would fail again after each restart: they are in the journal. So the round is given up.
         """
+        bytes_up = self._end.take_bytes_up()
+
+        def finish(known: Knowledge, lesson: Lesson, problem: str = "") -> tuple[RoundRecord, Knowledge]:
+            record = summary(collection, lesson, known, self._clock() - started, bytes_up, problem)
+            return record, self._insist(partial(self._store.finish, record, known, lesson))
+
         if not collection.has_quorum:
-            return known, NO_LESSON, ""
+            return finish(known, NO_LESSON)
         try:
             with self._store.intact():
-                return *self._planner.phase(collection.plan.round).learn(collection.contributions, known), ""
-        except (WireError, ValueError) as error:
-            problem = f"{error}; the largest update is {largest(collection.contributions)}'s"
+                learned = self._planner.phase(collection.plan.round).learn(collection.contributions, known)
+            return finish(*learned)  # clients' own adapters are made only now, one after another
+        except (ValueError, ModelError) as error:  # WireError and numpy's LinAlgError are ValueErrors
+            with self._store.intact():
+                problem = f"{error}; the largest update is {largest(collection.contributions)}'s"
             log.exception("round %d comes to nothing: %s", collection.plan.round, problem)
-            return known, NO_LESSON, problem
+        return finish(known, NO_LESSON, problem)
 
-    def _why(self, collection: Collection, problem: str) -> str:
-        if problem:
-            return f"came to nothing: {problem}"
+    def _why(self, collection: Collection, record: RoundRecord) -> str:
+        if record.problem:
+            return f"came to nothing: {record.problem}"
         return (
             f"without a quorum of {self._config.quorum}; last waited for {', '.join(collection.silent)}. See their status "
             f"and logs, or lower quorum or raise deadline_s"

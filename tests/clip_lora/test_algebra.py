@@ -211,3 +211,10 @@ def test_a_product_of_zero_stays_zero_at_any_rank_and_its_a_stays_alive(rank, se
         assert not delta(mean, layer, 1.0).any()
         assert (np.linalg.norm(mean[layer + ".lora_A"], axis=1) > 0.01).all()
     assert encode_adapter(mean) == encode_adapter(mean_of_products(untrained, [1.0] * len(seeds), rank))
+
+
+@pytest.mark.parametrize(("one", "other"), [((4, 4), (4, 1)), ((4, 1), (4, 4)), ((4, 4), (4, 2)), ((5, 2), (1, 2))])
+def test_factors_of_unequal_shapes_have_no_mean(one, other):
+    """Numpy would stretch what is 1 wide, without a word."""
+    with pytest.raises(ValueError, match="factors of other shapes"):
+        mean_of_factors([random_factors(*one, 0), random_factors(*other, 1)], [1, 1])

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from clip_lora.algebra import rank_of
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.learning import Learner
+from coordinator.planning import Planner
 from coordinator.state.store import Store
+from protocol.codec import encode_adapter, sha256
+from protocol.messages import TrainingResult
+from tests.faults import machines
 from tests.faults.disk import Disks
 from tests.faults.machines import COORDINATOR, WHOLE, ClientProcess, Scenario
 from tests.faults.verdict import calm_outcome, problems, run_to_the_end
@@ -137,3 +143,63 @@ def test_updates_that_cannot_be_learned_from_cost_their_round_and_are_told(
         world.run(lambda: bool(world.ended))
         assert isinstance(world.ended[0][1], FederationError)
         assert "nothing is finite" in str(world.ended[0][1])
+
+
+MIXED = replace(
+    WHOLE, rounds=1, recipe="fedlora+rank=4+projections=q_proj+aggregation=mean_of_products+defence.norm_limit=inf"
+)
+OWN = replace(
+    MIXED,
+    clients=("ann", "bob", "cid", "dan", "eve", "fay", "gus", "hal"),
+    rounds=2,
+    per_round=8,
+    quorum=8,
+    recipe=MIXED.recipe + "+personal.query=R1+personal.start=own+personal.own_share=0.9",
+)
+
+
+@pytest.mark.parametrize("scenario", [replace(MIXED, rounds=2), OWN], ids=["the global adapter", "a client's own"])
+def test_an_update_of_the_largest_numbers_costs_its_round_and_is_named(
+    fast_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch, scenario: Scenario
+) -> None:
+    """It is finite and travels; what is made of it does not. A restart meets it again: it is in the journal."""
+
+    def blown(result: TrainingResult) -> TrainingResult:
+        largest = {name: np.full_like(factor, 65504.0) for name, factor in result.update.adapter.items()}
+        return replace(result, update=replace(result.update, adapter=largest))
+
+    monkeypatch.setattr(machines, "_spoilt", blown)
+    with World(fast_path / "world", disks, scenario) as world:
+        world.start()
+        world.running["bob"].spoils = True  # type: ignore[union-attr]
+        run_to_the_end(world)
+        assert not world.ended
+        with world.store() as store:
+            first, second = store.records()
+            assert first.adapter_sha256 == sha256(encode_adapter(store.adapter(0)))
+        assert (first.outcome, first.accepted, second.outcome) == ("failed", list(scenario.clients), "aggregated")
+        assert "training diverged" in first.problem
+        assert first.problem.endswith("the largest update is bob's")
+
+
+@pytest.mark.parametrize("ranks", [(4, 2, 4), (4, 1, 4)])
+def test_an_open_round_of_mixed_ranks_begins_anew_when_factors_are_to_be_averaged(
+    fast_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...]
+) -> None:
+    with World(fast_path / "world", disks, MIXED) as world:
+        with monkeypatch.context() as patch:
+            drawn = iter(ranks)
+            patch.setattr(Planner, "rank", lambda _planner, _status: next(drawn))
+            world.start()
+            world.run(lambda: any(client == "ann" for client, *_ in world.witness.accepted))
+            world.kill(COORDINATOR)
+        world.scenario = replace(MIXED, recipe=MIXED.recipe.replace("mean_of_products", "mean_of_factors"))
+        world.start(COORDINATOR)
+        run_to_the_end(world)
+        assert not world.ended
+        with world.store() as store:
+            (record,) = store.records()
+            assert rank_of(store.adapter(1)) == 4
+        assert (record.outcome, record.accepted) == ("aggregated", list(MIXED.clients))
+        plans = [plan for plan in world.witness.plans if plan.state == "open"]
+        assert (plans[0].individual, plans[-1].individual) == (True, False)
