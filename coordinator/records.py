@@ -83,7 +83,8 @@ class RoundRecord(BaseModel):
     """What happened in a round. Bytes are payload bytes by client; loss and accuracy are the clients' own, weighted.
 
     `problem` is why a round has failed that had its quorum; `failed` names those of the silent that said they would send
-    nothing, sent what was refused, or were cut off. `late` says whose updates of which earlier rounds counted, too.
+    nothing, sent what was refused, or were cut off. `late` says whose updates of which earlier rounds counted, too, or would
+    have if anything had come of the round.
     `class_accuracy` is the share of the clients' own pictures of a class that they predicted correctly after training;
     `own` names the clients whose own adapters the round made; `bank_version` is the class bank that goes with the global
     adapter, whose blob is named by `adapter_sha256`; `epsilon` is what each client has spent of its privacy so far.

@@ -12,6 +12,7 @@ from typing import TypeVar
 from clip_lora.errors import ModelError
 from clip_lora.shapes import initial_adapter
 from coordinator.aggregate import Contribution
+from coordinator.between import Between
 from coordinator.checks import Expectation
 from coordinator.collection import Answer, Collection, Wanted, refuse_all
 from coordinator.config import CoordinatorConfig
@@ -66,6 +67,8 @@ class Federation:
         self._settled = False
         self._down: float | None = None  # since when the broker is away
         self._refused: Counter[tuple[str, str]] = Counter()
+        self._between = Between()
+        self._unheard: dict[tuple[str, int, str], Answer] = {}  # accepted; whether the journal has them is not known
         model = LocalModel(config.model) if model is None else model
         self._learner = Learner(bank, config.recipe, config.seed, model)
         self._planner = Planner(config, model.sizes(), self._learner, end, store)
@@ -84,6 +87,7 @@ class Federation:
             started, collection = self._begin(number, known)
             self._collect(collection)
             record, known = self._conclude(started, collection, known)
+            self._tell_late(record)
             self._roster.learn(record)
             yield record
             missed = 0 if record.outcome == "aggregated" else missed + 1
@@ -114,6 +118,13 @@ class Federation:
                 problem = f"{error}; the largest update is {largest(collection.contributions)}'s"
             log.exception("round %d comes to nothing: %s", collection.plan.round, problem)
         return finish(known, NO_LESSON, problem)
+
+    def _tell_late(self, record: RoundRecord) -> None:
+        """Tell whose late updates were accepted in a round that came to nothing: they count in no other."""
+        for client, number in record.late.items() if record.outcome != "aggregated" else ():
+            detail = f"the update of round {number} came late, in round {record.round}, and that came to nothing"
+            log.warning("lost of %s: round-missed, %s", client, detail)
+            self._link.do(self._end.notify(client, "round-missed", detail))
 
     def _why(self, collection: Collection, record: RoundRecord) -> str:
         if record.problem:
@@ -252,6 +263,8 @@ class Federation:
     def _collect(self, collection: Collection) -> None:
         """Take updates until quorum or deadline, which stands still while the broker is away."""
         log.info("round %d: %s", collection.plan.round, ", ".join(collection.plan.participants))
+        for early in self._between.take():
+            self._settle(early, collection)
         while (patience := collection.patience(self._clock())) > 0:
             for event in self._poll(patience, collection):
                 self._notice(event)
@@ -262,9 +275,18 @@ class Federation:
                 collection.pause(self._down)
                 if self._clock() - self._down > self._config.deadline_s:
                     raise self._broker_away()
+        self._ask_for_unheard(collection)
         for client, verdict in collection.set_aside.items():
             log.warning("set aside %s: %s, %s", client, verdict.reason, verdict.detail)
             self._link.do(self._end.notify(client, verdict.reason, verdict.detail))
+
+    def _ask_for_unheard(self, collection: Collection) -> None:
+        """Take in what the journal may have though nobody heard of it: after a restart it would count."""
+        unheard, self._unheard = self._unheard, {}
+        for answer in unheard.values():
+            kept = self._insist(partial(self._store.answered, answer.client, answer.offer))
+            if kept is not None and collection.lacks(kept):
+                self._insist(partial(self._take_in, collection))
 
     def _broker_away(self) -> FederationError:
         return FederationError(
@@ -278,6 +300,7 @@ class Federation:
             revoked = self._devices is not None and self._devices.is_revoked(client)
             log.warning("device %s was %s: what is under way is given up", client, "revoked" if revoked else "replaced")
             self._roster.drop(client)
+            self._between.drop(client)
             self._end.cut_off(client)
             if collection is not None and revoked:  # with another key it may still do its part
                 collection.give_up(client)
@@ -293,6 +316,7 @@ class Federation:
         if self._devices is not None:
             self._devices.quarantine(client)
         self._roster.drop(client)
+        self._between.drop(client)
         self._end.give_up(client)
         if collection is not None:
             collection.give_up(client)
@@ -332,32 +356,45 @@ class Federation:
             case Wanted(client=client, offer=offer):
                 self._end.fetch(client, offer)
             case Answer() as answer:
-                if collection is not None and isinstance(event, UpdateArrived | UpdateUnreadable):
-                    try:
-                        blob = event.blob if isinstance(event, UpdateArrived) else None
-                        if self._devices is not None:
-                            self._devices.keep()  # whose update it is stands in the journal before the update does
-                        self._store.keep(answer, blob, collection.plan.round)
-                    except FederationError as error:  # no receipt without it: the client offers it again
-                        log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback
-                        collection.take_back(answer)
-                        return
-                    if isinstance(event, UpdateArrived) and answer.verdict.accepted:
-                        collection.rest(answer, self._store.at_rest(event.update, event.blob))
-                self._reply(answer)
+                if collection is None or self._is_kept(answer, event, collection):
+                    self._reply(answer)
+            case None if collection is None:
+                self._between.keep(event)
+
+    def _is_kept(self, answer: Answer, event: CoordinatorEvent, collection: Collection) -> bool:
+        """Keep the answer to an update; False if that failed: no receipt without it, the client offers it again."""
+        if not isinstance(event, UpdateArrived | UpdateUnreadable):
+            return True
+        try:
+            blob = event.blob if isinstance(event, UpdateArrived) else None
+            if self._devices is not None:
+                self._devices.keep()  # whose update it is stands in the journal before the update does
+            self._store.keep(answer, blob, collection.plan.round)
+        except FederationError as error:
+            log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback
+            collection.take_back(answer)
+            if answer.verdict.accepted:
+                self._unheard[answer.client, answer.offer.round, answer.offer.blob.sha256] = answer
+            return False
+        if isinstance(event, UpdateArrived) and answer.verdict.accepted:
+            collection.rest(answer, self._store.at_rest(event.update, event.blob))
+        return True
 
     def _recover(self, collection: Collection) -> bool:
         """Take in what the journal has after all, as when a commit succeeded and its success was not heard of."""
         try:
-            opened = self._store.opened()
+            self._take_in(collection)
         except NotKeptError as error:  # it is offered again
             log.error("no answer yet: %s", error)  # noqa: TRY400 - no bug, no traceback
             return False
+        return True
+
+    def _take_in(self, collection: Collection) -> None:
+        opened = self._store.opened()
         if opened is not None and opened.plan.round == collection.plan.round:
             found = [(client, part.offer, part.update) for client, part in opened.accepted.items()]
             for client, offer, update in (*found, *opened.came_late):
                 collection.recover(client, offer, update)
-        return True
 
     def _is_news(self, client: str, what: str) -> bool:
         """Whether to log what a client did: the 1st, 2nd, 4th, 8th ... time, so that a flood fills no log."""

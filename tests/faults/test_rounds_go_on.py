@@ -14,12 +14,12 @@ from coordinator.learning import Learner
 from coordinator.planning import Planner
 from coordinator.state.store import Store
 from protocol.codec import encode_adapter, sha256
-from protocol.messages import TrainingResult
+from protocol.messages import Notice, TrainingResult
 from tests.faults import machines
 from tests.faults.disk import Disks
 from tests.faults.machines import COORDINATOR, WHOLE, ClientProcess, Scenario
 from tests.faults.verdict import calm_outcome, problems, run_to_the_end
-from tests.faults.world import World
+from tests.faults.world import World, manifest_in
 
 TWO_OF_THREE = Scenario(rounds=8, per_round=2, quorum=2, recipe="fedlora+rank=2+projections=q_proj+features_per_class=1")
 TWO_OF_FIVE = replace(TWO_OF_THREE, clients=("ann", "bob", "cid", "dan", "eve"), rounds=3)
@@ -203,3 +203,63 @@ def test_an_open_round_of_mixed_ranks_begins_anew_when_factors_are_to_be_average
         assert (record.outcome, record.accepted) == ("aggregated", list(MIXED.clients))
         plans = [plan for plan in world.witness.plans if plan.state == "open"]
         assert (plans[0].individual, plans[-1].individual) == (True, False)
+
+
+def test_a_round_that_ends_before_an_unheard_commit_is_asked_about_counts_it_too(
+    fast_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a restart would: what the journal has, the round has."""
+    keep, unheard = Store.keep, []
+
+    def kept(store: Store, answer, blob, counts_in: int) -> None:  # type: ignore[no-untyped-def]
+        keep(store, answer, blob, counts_in)
+        if not unheard:
+            unheard.append(answer.client)
+            raise NotKeptError("the connection was lost at the commit")
+
+    monkeypatch.setattr(Store, "keep", kept)
+    with World(fast_path / "world", disks, replace(WHOLE, rounds=1, quorum=2)) as world:
+        world.start()
+        world.run(lambda: bool(unheard))
+        world.kill(unheard[0])  # it does not offer again
+        run_to_the_end(world)
+        (record,) = world.records
+        assert unheard[0] in record.accepted
+        assert len(record.accepted) == 3
+
+
+@pytest.mark.parametrize("missed", [False, True])
+def test_a_late_update_that_ends_between_two_rounds_travels_once_and_is_told_if_its_round_is_missed(
+    fast_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch, missed: bool
+) -> None:
+    """The disk takes no end of round 1 for a while, in which the slower one's upload ends."""
+    finish, refused = Store.finish, []
+
+    def full_at_first(store: Store, record, known, lesson) -> object:  # type: ignore[no-untyped-def]
+        if len(refused) < 4:
+            refused.append(record.round)
+            raise NotKeptError("no room")
+        return finish(store, record, known, lesson)
+
+    monkeypatch.setattr(Store, "finish", full_at_first)
+    recipe = "fedlora+rank=2+projections=q_proj+features_per_class=1+late_rounds=1"
+    scenario = Scenario(clients=("ann", "bob"), per_round=2, quorum=1, deadline_s=600.0, recipe=recipe)
+    with World(fast_path / "world", disks, scenario) as world:
+        world.start()
+        world.run(lambda: len(world.witness.accepted) == 2)
+        assert {number for _, number, _ in world.witness.accepted} == {1}
+        assert refused == [1] * 4
+        if missed:
+            for client in scenario.clients:
+                world.kill(client)
+        world.run(lambda: len(world.records) == 2)
+        first, second = world.records
+        (slower,) = set(scenario.clients) - set(first.accepted)
+        assert second.late == {slower: 1}
+        assert second.outcome == ("quorum-missed" if missed else "aggregated")
+        (digest,) = {digest for client, number, digest in world.witness.accepted if client == slower and number == 1}
+        sent = [message.topic for message in world.network.published if f"{slower}/blob/{digest}/" in message.topic]
+        assert sent
+        assert len(sent) == len(set(sent))
+        notices = [m for m in map(manifest_in, world.network.published) if isinstance(m, Notice)]
+        assert [notice.reason for notice in notices] == (["round-missed"] if missed else [])
