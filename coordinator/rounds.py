@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -12,9 +11,9 @@ from typing import TypeVar
 from clip_lora.errors import ModelError
 from clip_lora.shapes import initial_adapter
 from coordinator.aggregate import Contribution
-from coordinator.between import Between
+from coordinator.answering import Answering
 from coordinator.checks import Expectation
-from coordinator.collection import Answer, Collection, Wanted, refuse_all
+from coordinator.collection import Collection
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.judgement import Yardstick
@@ -22,13 +21,13 @@ from coordinator.learning import NO_LESSON, Knowledge, Learner, Lesson, stored
 from coordinator.model import LocalModel, Model
 from coordinator.planning import Planner, check_size, same
 from coordinator.records import RoundRecord
-from coordinator.roster import Roster
+from coordinator.roster import REMEMBERED, Roster
 from coordinator.state.devices import Devices
 from coordinator.state.store import Opened, Store
 from coordinator.summary import largest, summary
 from protocol.bus import Action
 from protocol.coordinator_end import CoordinatorEnd
-from protocol.events import BrokerLink, ClientSeen, Cloned, CoordinatorEvent, OfferMade, UpdateArrived, UpdateUnreadable
+from protocol.events import BrokerLink, ClientSeen, Cloned, CoordinatorEvent
 from protocol.link import Link
 from protocol.messages import TextBank
 
@@ -66,9 +65,7 @@ class Federation:
         self._roster = Roster()
         self._settled = False
         self._down: float | None = None  # since when the broker is away
-        self._refused: Counter[tuple[str, str]] = Counter()
-        self._between = Between()
-        self._unheard: dict[tuple[str, int, str], Answer] = {}  # accepted; whether the journal has them is not known
+        self._answers = Answering(link, end, store, devices)
         model = LocalModel(config.model) if model is None else model
         self._learner = Learner(bank, config.recipe, config.seed, model)
         self._planner = Planner(config, model.sizes(), self._learner, end, store)
@@ -79,7 +76,7 @@ class Federation:
         identity = self._planner.identity(self._bank)
         self._planner.run, self._planner.start = self._insist(lambda: self._store.begin(identity))
         number, known = self._insist(self._recall)
-        for record in self._insist(self._store.records):
+        for record in self._insist(partial(self._store.records, REMEMBERED)):
             self._roster.learn(record)
         missed = 0
         while number < self._planner.last:
@@ -148,9 +145,7 @@ class Federation:
         deadline, last = self._clock() + self._config.deadline_s, self._clock()
         while self._devices is not None and self._devices.active - set(self._roster) and self._clock() < deadline:
             before = len(self._roster)
-            for event in self._poll(SETTLE_S, None):
-                self._notice(event)
-                self._settle(event, None)
+            self._attend(SETTLE_S)
             if len(self._roster) > before:
                 last = self._clock()
             elif self._clock() - last >= SETTLE_S:
@@ -168,9 +163,7 @@ class Federation:
                 log.error("%s. Trying again for %.0f s", error, deadline - self._clock())  # noqa: TRY400 - no bug
             again = self._clock() + pause
             while (left := again - self._clock()) > 0:
-                for event in self._poll(left, None):
-                    self._notice(event)
-                    self._settle(event, None)
+                self._attend(left)
             pause = min(2 * pause, AGAIN_S)
 
     def _recall(self) -> tuple[int, Knowledge]:
@@ -212,9 +205,7 @@ class Federation:
                     f"they use federation {self._config.federation!r} and the same broker"
                 )
             log.info("round %d waits for %d more clients", number, max(0, wanted - len(self._roster)))
-            for event in self._poll(left, None):
-                self._notice(event)
-                self._settle(event, None, number - self._planner.phase(number).recipe.late_rounds)
+            self._attend(left, oldest=number - self._planner.phase(number).recipe.late_rounds)
         if not self._settled:
             self._settle_roster()
         drawn = self._roster.draw(number, wanted, self._config.seed)
@@ -233,9 +224,8 @@ class Federation:
             log.warning("the settings have changed while round %d was open: it begins anew", number)
             opened = None
         if opened is None:
-            check_size(
-                self._config.federation, expected.plan
-            )  # before it is in the journal, which would hold a restart to it
+            # Before it is in the journal, which would hold a restart to it.
+            check_size(self._config.federation, expected.plan)
             bases = {client: start.base for client, start in expected.starts.items()}
             self._insist(lambda: self._store.open(expected.plan, ranks, bases))
             opened = Opened(expected.plan, ranks, {}, ())
@@ -263,12 +253,10 @@ class Federation:
     def _collect(self, collection: Collection) -> None:
         """Take updates until quorum or deadline, which stands still while the broker is away."""
         log.info("round %d: %s", collection.plan.round, ", ".join(collection.plan.participants))
-        for early in self._between.take():
-            self._settle(early, collection)
+        for early in self._answers.between.take():
+            self._answers.settle(early, collection)
         while (patience := collection.patience(self._clock())) > 0:
-            for event in self._poll(patience, collection):
-                self._notice(event)
-                self._settle(event, collection)
+            self._attend(patience, collection)
             if self._down is None:
                 collection.resume(self._clock())
             else:
@@ -282,11 +270,10 @@ class Federation:
 
     def _ask_for_unheard(self, collection: Collection) -> None:
         """Take in what the journal may have though nobody heard of it: after a restart it would count."""
-        unheard, self._unheard = self._unheard, {}
-        for answer in unheard.values():
+        for answer in self._answers.take_unheard():
             kept = self._insist(partial(self._store.answered, answer.client, answer.offer))
             if kept is not None and collection.lacks(kept):
-                self._insist(partial(self._take_in, collection))
+                self._insist(partial(self._answers.take_in, collection))
 
     def _broker_away(self) -> FederationError:
         return FederationError(
@@ -294,13 +281,19 @@ class Federation:
             f"command goes on with the open round"
         )
 
+    def _attend(self, seconds: float, collection: Collection | None = None, oldest: int = 0) -> None:
+        """Wait at most so long, and see to what happens; `oldest` as for Answering.settle."""
+        for event in self._poll(seconds, collection):
+            self._notice(event)
+            self._answers.settle(event, collection, oldest)
+
     def _poll(self, seconds: float, collection: Collection | None) -> list[CoordinatorEvent]:
         """See who was cut off, and wait for events at most so long."""
         for client in self._devices.refresh() if self._devices is not None else ():
             revoked = self._devices is not None and self._devices.is_revoked(client)
             log.warning("device %s was %s: what is under way is given up", client, "revoked" if revoked else "replaced")
             self._roster.drop(client)
-            self._between.drop(client)
+            self._answers.between.drop(client)
             self._end.cut_off(client)
             if collection is not None and revoked:  # with another key it may still do its part
                 collection.give_up(client)
@@ -316,7 +309,7 @@ class Federation:
         if self._devices is not None:
             self._devices.quarantine(client)
         self._roster.drop(client)
-        self._between.drop(client)
+        self._answers.between.drop(client)
         self._end.give_up(client)
         if collection is not None:
             collection.give_up(client)
@@ -326,7 +319,7 @@ class Federation:
         match event:
             case ClientSeen(client=client, status=status):
                 self._roster.hear(client, status, self._clock())
-                if status.phase == "failed" and self._is_news(client, "failed"):
+                if status.phase == "failed" and self._answers.is_news(client, "failed"):
                     log.warning("client %s failed: %s", client, ascii(status.detail)[1:-1])
             case BrokerLink(up=False, reason=reason):
                 log.warning("lost the broker (%s), connecting again", reason)
@@ -336,73 +329,3 @@ class Federation:
                 self._roster.reconnected(self._clock())
             case _:
                 log.debug("%s", event)
-
-    def _settle(self, event: CoordinatorEvent, collection: Collection | None, oldest: int = 0) -> None:
-        """Answer an update; what is accepted is in the journal before the client hears of it.
-
-        Between rounds, without a collection, those from round `oldest` on are left for the next one.
-        """
-        try:
-            earlier = self._store.answered(event.client, event.offer) if isinstance(event, OfferMade) else None
-        except NotKeptError as error:  # it is offered again
-            log.error("no answer for %s yet: %s", event, error)  # noqa: TRY400 - no bug, no traceback
-            return
-        if earlier is not None:
-            if collection is not None and collection.lacks(earlier) and not self._recover(collection):
-                return
-            self._reply(earlier)
-            return
-        match collection.take(event) if collection is not None else refuse_all(event, oldest):
-            case Wanted(client=client, offer=offer):
-                self._end.fetch(client, offer)
-            case Answer() as answer:
-                if collection is None or self._is_kept(answer, event, collection):
-                    self._reply(answer)
-            case None if collection is None:
-                self._between.keep(event)
-
-    def _is_kept(self, answer: Answer, event: CoordinatorEvent, collection: Collection) -> bool:
-        """Keep the answer to an update; False if that failed: no receipt without it, the client offers it again."""
-        if not isinstance(event, UpdateArrived | UpdateUnreadable):
-            return True
-        try:
-            blob = event.blob if isinstance(event, UpdateArrived) else None
-            if self._devices is not None:
-                self._devices.keep()  # whose update it is stands in the journal before the update does
-            self._store.keep(answer, blob, collection.plan.round)
-        except FederationError as error:
-            log.error("no receipt for %s: %s", answer.client, error)  # noqa: TRY400 - no bug, no traceback
-            collection.take_back(answer)
-            if answer.verdict.accepted:
-                self._unheard[answer.client, answer.offer.round, answer.offer.blob.sha256] = answer
-            return False
-        if isinstance(event, UpdateArrived) and answer.verdict.accepted:
-            collection.rest(answer, self._store.at_rest(event.update, event.blob))
-        return True
-
-    def _recover(self, collection: Collection) -> bool:
-        """Take in what the journal has after all, as when a commit succeeded and its success was not heard of."""
-        try:
-            self._take_in(collection)
-        except NotKeptError as error:  # it is offered again
-            log.error("no answer yet: %s", error)  # noqa: TRY400 - no bug, no traceback
-            return False
-        return True
-
-    def _take_in(self, collection: Collection) -> None:
-        opened = self._store.opened()
-        if opened is not None and opened.plan.round == collection.plan.round:
-            found = [(client, part.offer, part.update) for client, part in opened.accepted.items()]
-            for client, offer, update in (*found, *opened.came_late):
-                collection.recover(client, offer, update)
-
-    def _is_news(self, client: str, what: str) -> bool:
-        """Whether to log what a client did: the 1st, 2nd, 4th, 8th ... time, so that a flood fills no log."""
-        self._refused[client, what] += 1
-        count = self._refused[client, what]
-        return count & (count - 1) == 0
-
-    def _reply(self, answer: Answer) -> None:
-        if not answer.verdict.accepted and self._is_news(answer.client, answer.verdict.reason):
-            log.warning("rejected %s: %s, %s", answer.client, answer.verdict.reason, answer.verdict.detail)
-        self._link.do(self._end.answer(answer.client, answer.offer, answer.verdict))

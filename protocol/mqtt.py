@@ -26,6 +26,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol import tls
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
+from protocol.doublings import worth_telling
 from protocol.errors import BusError
 from protocol.retry import Retry
 from protocol.settings import BrokerSettings
@@ -250,7 +251,7 @@ class MqttBus:
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
         if self._came - self._taken > INBOX_BYTES:  # while the user is busy: what is lost comes again, memory does not
             self._dropped += 1
-            if self._dropped & (self._dropped - 1) == 0:
+            if worth_telling(self._dropped):
                 log.warning("dropped %d messages: more than %d MB wait to be read", self._dropped, INBOX_BYTES >> 20)
             return
         self._came += len(message.payload)

@@ -134,13 +134,14 @@ class Store:
             log.warning("what is no longer wanted in %s cannot be removed: %s", self.blobs.folder, error)
         return run.name, run.starts
 
-    def records(self) -> list[RoundRecord]:
-        """Return the finished rounds; raises FederationError if they cannot be read."""
+    def records(self, newest: int | None = None) -> list[RoundRecord]:
+        """Return the finished rounds, or the newest of them; raises FederationError if they cannot be read."""
         with self._journal.reading() as connection:
             if connection is None:
                 return []
-            query = select(ROUNDS.c.record).where(ROUNDS.c.record.is_not(None)).order_by(ROUNDS.c.number)
-            return [_read(RoundRecord, text, self._journal) for text in connection.scalars(query)]
+            query = select(ROUNDS.c.record).where(ROUNDS.c.record.is_not(None)).order_by(ROUNDS.c.number.desc())
+            found = connection.scalars(query.limit(newest)).all()
+        return [_read(RoundRecord, text, self._journal) for text in reversed(found)]
 
     def resume(self, shapes: Shapes, text_shapes: Shapes | None) -> tuple[int, Knowledge | None]:
         """Return the number of rounds done and what is known (None at the start); raises FederationError."""

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
+from protocol.doublings import worth_telling
 from protocol.envelope import COORDINATOR, Envelope, decode
 from protocol.errors import KeyFileError, Refused, WireError
 from protocol.messages import Status
@@ -238,5 +239,5 @@ def _read_marks(path: Path) -> tuple[str, dict[str, int]]:
 def note(counts: Counter[str], topic: str, error: Refused) -> None:
     """Log a refusal: the first of its verdict, then the 2nd, 4th, 8th ... so that a flood fills no disk."""
     count = counts[error.verdict]
-    if count & (count - 1) == 0:
+    if worth_telling(count):
         log.warning("refused a message on %s: %s (%s, %d so far)", topic, error, error.verdict, count)
