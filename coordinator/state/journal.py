@@ -132,6 +132,7 @@ class Journal:
         self._engine: Engine | None = None
         self._lock: IO[bytes] | None = None
         self._sole: Sole | None = None
+        self._seen_ours = False  # whether this process has found the tables, of this version, in use
 
     def __str__(self) -> str:
         return str(self._file or self._url)  # SQLAlchemy hides the password
@@ -185,6 +186,8 @@ class Journal:
 
     def _is_ours(self, connection: Connection) -> bool:
         """Whether there are tables; raises FederationError if they are of another version."""
+        if self._seen_ours:
+            return True
         if not inspect(connection).has_table(RUN.name):
             return False
         found = connection.scalar(select(RUN.c.version))
@@ -193,10 +196,12 @@ class Journal:
                 f"the journal {self} is of version {found}, this clipcast reads {VERSION}: use the clipcast that wrote it, "
                 f"or set `state` to a new folder (and `journal` to a new database)"
             )
+        self._seen_ours = found is not None
         return True
 
     def close(self) -> None:
         """Let go of the folder and the database."""
+        self._seen_ours = False
         if self._sole is not None:
             self._sole.close()
             self._sole = None
