@@ -9,6 +9,7 @@ import pytest
 
 from clip_lora.shapes import Shapes
 from coordinator.checks import Expectation, Start
+from coordinator.records import RoundRecord
 from protocol.codec import encode_update, reference
 from protocol.messages import Offer, Recipe, RoundPlan, Update
 
@@ -21,6 +22,25 @@ SHAPES: Shapes = {
 }
 MakeUpdate = Callable[..., Update]
 MakeOffer = Callable[..., Offer]
+
+
+def a_record(number: int, **fields: object) -> RoundRecord:
+    """A round that somebody delivered in and nothing else is told of, but for the fields that are given."""
+    plain = {
+        "outcome": "aggregated",
+        "accepted": [],
+        "rejected": [],
+        "silent": [],
+        "samples": 1,
+        "loss": None,
+        "train_accuracy": None,
+        "seconds": 1.0,
+        "bytes_up": {},
+        "bytes_down": {},
+        "adapter_sha256": "a" * 64,
+        "bank_version": 1,
+    }
+    return RoundRecord.model_validate({"round": number, **plain, **fields})
 
 
 @pytest.fixture(scope="session")

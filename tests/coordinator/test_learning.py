@@ -16,11 +16,12 @@ from coordinator.checks import Expectation, Start, check_update
 from coordinator.errors import FederationError
 from coordinator.learning import Knowledge, Learner, class_accuracy, stored
 from coordinator.recipe import FederationRecipe
-from coordinator.records import AttentionRecord, Identity, RoundRecord, TextRecord, mean_told
+from coordinator.records import AttentionRecord, Identity, TextRecord, mean_told
 from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, reference, sha256
 from protocol.messages import Offer, RoundPlan, Update
+from tests.coordinator.conftest import a_record
 
 CLASSES = ("zero", "one", "cat")
 SHAPES = {
@@ -352,18 +353,9 @@ def keep(store, number, known, lesson, accepted):
     text, attention = lesson.text, lesson.attention
     store.open(a_plan(number), dict.fromkeys(accepted, 2), dict.fromkeys(accepted, "0" * 64))
     store.finish(
-        RoundRecord(
-            round=number,
-            outcome="aggregated",
+        a_record(
+            number,
             accepted=sorted(accepted),
-            rejected=[],
-            silent=[],
-            samples=1,
-            loss=None,
-            train_accuracy=None,
-            seconds=1.0,
-            bytes_up={},
-            bytes_down={},
             adapter_sha256=sha256(encode_adapter(known.adapter)),
             bank_version=known.bank.version,
             text=text and TextRecord.of(text),

@@ -14,12 +14,13 @@ from coordinator.errors import FederationError
 from coordinator.learning import Knowledge, Learner, stored
 from coordinator.on_demand import OnDemand, each
 from coordinator.recipe import parse_recipe
-from coordinator.records import Identity, RoundRecord
+from coordinator.records import Identity
 from coordinator.state.store import Store
 from protocol.codec import decode_update, encode_adapter, encode_update, reference, sha256
 from protocol.events import UpdateArrived
 from protocol.messages import Offer, Recipe, RoundPlan, TextBank, Update
 from protocol.storage.at_rest import StoredAdapter
+from tests.coordinator.conftest import a_record
 
 LAYERS, RANK, SIDE, WIDTH, CLASSES = 24, 4, 1024, 8, 3
 SHAPES = {
@@ -79,11 +80,8 @@ class Round:
     def learn(self) -> None:
         with self.store.intact():
             known, lesson = self.learner.learn(self.collection.accepted, self.known)
-        record = RoundRecord(
-            round=1, outcome="aggregated", accepted=self.names, rejected=[], silent=[], samples=1, loss=None,
-            train_accuracy=None, seconds=0.0, bytes_up={}, bytes_down={}, own=list(lesson.renewed), bank_version=1,
-            adapter_sha256=sha256(encode_adapter(known.adapter)),
-        )  # fmt: skip
+        made = sha256(encode_adapter(known.adapter))
+        record = a_record(1, accepted=self.names, own=list(lesson.renewed), adapter_sha256=made)
         self.known = self.store.finish(record, known, lesson)
 
 

@@ -6,31 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.records import RoundRecord
 from coordinator.roster import LONGEST_REST, SILENCE_S, Roster
 from protocol.messages import Status
+from tests.coordinator.conftest import a_record
 
 ONLINE = Status(state="online")
 NAMES = tuple("abcdefgh")
 
 
 def record(number, accepted=(), silent=(), failed=(), outcome=None):
-    return RoundRecord(
-        round=number,
-        outcome=outcome or ("aggregated" if accepted else "quorum-missed"),
-        accepted=list(accepted),
-        rejected=[],
-        silent=list(silent),
-        failed=list(failed),
-        samples=1,
-        loss=None,
-        train_accuracy=None,
-        seconds=1.0,
-        bytes_up={},
-        bytes_down={},
-        adapter_sha256="a" * 64,
-        bank_version=1,
-    )
+    outcome = outcome or ("aggregated" if accepted else "quorum-missed")
+    return a_record(number, outcome=outcome, accepted=list(accepted), silent=list(silent), failed=list(failed))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def record_of(make_update):
 
 
 def test_only_bytes_of_participants_and_of_who_delivered_are_kept(expected, make_update, make_offer, record_of):
-    """Bytes are counted before it is known who speaks."""
+    """With open admission whoever has a key may be heard, under any name that is free."""
     update = make_update()
     late = {2: Late(expected, (), 0.5)}
     came = [("zoe", Contribution(make_offer(update, round=2), update, 0.5))]

@@ -26,6 +26,11 @@ TWO_OF_FIVE = replace(TWO_OF_THREE, clients=("ann", "bob", "cid", "dan", "eve"),
 SHORT = replace(WHOLE, deadline_s=100.0)
 
 
+def somebody_trains(world: World) -> bool:
+    """Whether a round is under way, and not yet answered by all."""
+    return any(isinstance(process, ClientProcess) and process.is_training for process in world.running.values())
+
+
 def test_a_device_that_always_fails_ends_no_federation(fast_path: Path, disks: Disks) -> None:
     with World(fast_path / "world", disks, TWO_OF_THREE) as world:
         world.start()
@@ -62,7 +67,7 @@ def test_a_round_s_deadline_stands_still_while_the_broker_is_away(fast_path: Pat
     with World(fast_path / "world", disks, SHORT) as world:
         world.start()
         for _ in range(SHORT.rounds):
-            world.run(lambda: any(isinstance(p, ClientProcess) and p.is_training for p in world.running.values()))
+            world.run(lambda: somebody_trains(world))
             world.stop_broker()
             world.pass_time(90.0)
             world.start_broker()
@@ -75,7 +80,7 @@ def test_a_broker_that_stays_away_is_named_and_the_round_goes_on_later(fast_path
     calm = calm_outcome(fast_path, disks, SHORT)
     with World(fast_path / "world", disks, SHORT) as world:
         world.start()
-        world.run(lambda: any(isinstance(p, ClientProcess) and p.is_training for p in world.running.values()))
+        world.run(lambda: somebody_trains(world))
         world.stop_broker()
         world.run(lambda: bool(world.ended))
         (name, error), *_ = world.ended
