@@ -79,6 +79,9 @@ def test_a_broker_that_keeps_dying_loses_no_update(
     for variant, (done, told, missing, refused) in found.items():
         name = f"broker killed {kills} times, {variant}"
         score("R3", f"{name}: receipts lost", missing, f"of {told}", "0", passed=missing == 0 and told > 0)
-        other = sum(one != two for one, two in zip(done, reference, strict=False))
+        differing = [(one, two) for one, two in zip(done, reference, strict=False) if one != two]
+        other = len(differing)
+        for one, two in differing[:3]:
+            print({key: (one[key], two[key]) for key in one if one[key] != two[key]}, "in round", one["round"])
         score("R3", f"{name}: rounds with other bits", other, f"of {len(done)}", "0", passed=other == 0)
         assert (refused > 0) == (variant == CORRUPT), f"{variant}: refused {refused} times"
