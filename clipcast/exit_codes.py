@@ -36,7 +36,7 @@ CODES = {
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,
-    "hardware_profiles.profile.ProfileError": PROFILE,
+    "hardware_profiles.facts.ProfileError": PROFILE,
 }
 
 

@@ -1,59 +1,84 @@
-"""Which board is this? The answer comes with its reason, and is `generic-cpu` rather than a pretended Jetson."""
+"""Which board is this, and what runs on it? Answered with the reason, and never with a pretended Jetson."""
 
 from __future__ import annotations
 
-import platform
+import platform as this_machine
 from dataclasses import dataclass
 from pathlib import Path
 
-from hardware_profiles.profile import Profile, load, names
+from hardware_profiles.board_files import BoardFiles, read_board
+from hardware_profiles.platform import Platform, platform_of
+from hardware_profiles.profile import Profile, load, load_soc, names
 
-FALLBACK = "generic-cpu"
+CPU, CUDA = "generic-cpu", "generic-cuda"
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A profile and why it was chosen. `certain` is false for the fallback on a board that looks like a Jetson."""
+    """A profile and why it was chosen, the platform (None for one that no data describes), and what the files said.
+
+    `certain` is false where only the model string spoke for the profile, and for the fallback on an unknown Jetson.
+    """
 
     profile: Profile
+    platform: Platform | None
+    board: BoardFiles
     reason: str
     certain: bool
 
 
 def detect(root: Path = Path("/")) -> Detection:
-    """Recognise the board by its device tree's `compatible` and its memory, below `root` (another root in tests).
+    """Recognise the board by module and SKU together with its memory, else by its model string, below `root`.
 
-    The model string is not asked: an Orin Nano that calls itself an Orin NX is on record. `/proc/device-tree/compatible`
-    names carrier, module, SKU and SoC in one read.
+    The model string comes last: an Orin Nano that calls itself an Orin NX is on record. `/proc/device-tree/compatible`
+    names carrier, module, SKU and processor in one read.
     """
-    compatible = _read(root / "proc/device-tree/compatible").replace("\0", " ").split()
-    memory = _mem_total_mib(root)
-    for name in names():
-        profile = load(name)
-        wanted = profile.identity
-        low, high = wanted.mem_total_mib
-        if set(wanted.compatible) & set(compatible) and low <= memory <= high:
-            match = min(set(wanted.compatible) & set(compatible))
-            return Detection(profile, f"device tree says {match}, memory is {memory} MiB", certain=True)
-    if any(entry.startswith("nvidia,tegra") for entry in compatible):
-        reason = (
-            f"this is a Jetson ({', '.join(compatible)}, {memory} MiB) that no profile describes: using {FALLBACK}, which "
-            f"leaves its GPU idle. Name the nearest profile in the client's TOML, see `clipcast profiles list`"
-        )
-        return Detection(load(FALLBACK), reason, certain=False)
-    machine = platform.machine() if root == Path("/") else "unknown machine"
-    return Detection(load(FALLBACK), f"no Jetson device tree on this {machine}, memory is {memory} MiB", certain=True)
+    board = read_board(root)
+    profile, reason, certain = _recognise(board, "" if root != Path("/") else this_machine.machine())
+    platform = platform_of(board.l4t) if board.l4t or not board.is_tegra else None
+    return Detection(profile, platform, board, reason, certain)
 
 
-def _mem_total_mib(root: Path) -> int:
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) // 1024
-    return 0
+def _recognise(board: BoardFiles, machine: str) -> tuple[Profile, str, bool]:
+    memory = f"memory is {board.memory_mib} MiB"
+    for profile in map(load, names()):
+        if (match := _match(profile, board)) and _fits(profile, board):
+            lies = bool(board.model) and bool(profile.identity.models) and board.model not in profile.identity.models
+            doubt = f"; its model string, {board.model!r}, says otherwise and is not believed" if lies else ""
+            return profile, f"{match}, {memory}{doubt}", True
+    if board.is_tegra:
+        for profile in map(load, names()):
+            if not board.modules and board.model in profile.identity.models and _fits(profile, board):
+                return (
+                    profile,
+                    f"only its model string says so ({board.model!r}), {memory}: look whether that is true",
+                    False,
+                )
+        return load(CPU), _unknown(board), False
+    if board.nvidia_driver:
+        return load(CUDA), f"no Jetson, but NVIDIA's driver is there, {memory}", True
+    return load(CPU), f"no Jetson device tree on this {machine or 'unknown machine'}, {memory}", True
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _match(profile: Profile, board: BoardFiles) -> str:
+    """Return what of the board's files names this profile, in words; empty if nothing does."""
+    for module in board.modules:
+        if module in profile.identity.modules:
+            return f"{board.modules_from} says {module}"
+    for entry in board.compatible:
+        if entry in profile.identity.compatible:
+            return f"its device tree says {entry}"
+    return ""
+
+
+def _fits(profile: Profile, board: BoardFiles) -> bool:
+    low, high = profile.identity.mem_total_mib
+    soc_fits = not profile.soc or load_soc(profile.soc).compatible in board.compatible
+    return soc_fits and low <= board.memory_mib <= high
+
+
+def _unknown(board: BoardFiles) -> str:
+    return (
+        f"this is a Jetson ({', '.join(board.compatible)}, {board.memory_mib} MiB) that no profile describes: using {CPU}, "
+        f"which leaves its GPU idle. Name the nearest profile in the client's TOML, see `clipcast profiles list`"
+    )

@@ -157,12 +157,25 @@ def test_every_exit_code_belongs_to_a_class_that_exists_and_is_documented() -> N
 
 
 def test_profiles_speak_json(tmp_path: Path) -> None:
-    assert "jetson-orin-nano-8gb" in json.loads(clipcast("profiles", "list", "--json", cwd=tmp_path).stdout)
+    listed = json.loads(clipcast("profiles", "list", "--json", cwd=tmp_path).stdout)
+    assert "jetson-orin-nano-8gb" in listed["profiles"]
+    assert "jetpack-6.2" in listed["platforms"]
     shown = json.loads(clipcast("profiles", "show", "jetson-orin-nano-8gb", "--json", cwd=tmp_path).stdout)
     assert shown["facts"]["bandwidth"]["verified"] is False
-    assert "not verified" in clipcast("profiles", "show", "jetson-orin-nano-8gb", cwd=tmp_path).stdout
+    shown = json.loads(clipcast("profiles", "show", "jetpack-6.2", "--json", cwd=tmp_path).stdout)
+    assert shown["facts"]["python"]["value"] == "3.10"
     detected = json.loads(clipcast("profiles", "detect", "--json", cwd=tmp_path).stdout)
-    assert detected.keys() == {"profile", "reason", "certain"}
+    assert detected.keys() == {"profile", "platform", "reason", "certain", "l4t", "power_mode"}
+
+
+def test_profiles_mark_what_nobody_measured_and_say_where_wheels_come_from(tmp_path: Path) -> None:
+    board = clipcast("profiles", "show", "jetson-orin-nano-8gb", cwd=tmp_path).stdout
+    assert "68 GB/s (not verified)" in board
+    assert "jetson-orin-nano-devkit-super" in board
+    platform = clipcast("profiles", "show", "jetpack-6.2", cwd=tmp_path).stdout
+    assert "installs and does not run: pip install 'bitsandbytes'" in platform
+    assert "runs: pip install --extra-index-url https://" in platform
+    assert "not supported" in clipcast("profiles", "list", cwd=tmp_path).stdout
 
 
 def test_infer_prints_label_probability_and_milliseconds(model: Path, tmp_path: Path) -> None:
