@@ -98,17 +98,17 @@ def model_facts(name: str) -> ModelFacts:
     return ModelFacts(name, _digest(file), float(logit_scale.exp()), config.projection_dim)
 
 
-def load_image_tower(name: str, bits: int, device: str = "cpu") -> CLIPVisionModelWithProjection:
+def load_image_tower(name: str, bits: int, device: str = "cpu", dtype: str = "auto") -> CLIPVisionModelWithProjection:
     """Return the image tower, frozen; raises ModelError.
 
     bits: 4 (NF4, double quantisation), 8 (LLM.int8) or 32 (not quantised). Linear layers are quantised, embeddings,
-    norms and the final projection are not. The tower is in train mode, deliberately: CLIP has no dropout, and in eval
-    mode bitsandbytes switches 4-bit layers to packed CPU kernels that cannot train afterwards, and 8-bit layers to
-    arithmetic that differs from training's.
+    norms and the final projection are not. dtype: what is computed in, as for `as_dtype`. The tower is in train mode,
+    deliberately: CLIP has no dropout, and in eval mode bitsandbytes switches 4-bit layers to packed CPU kernels that cannot
+    train afterwards, and 8-bit layers to arithmetic that differs from training's.
     """
     if bits not in BITS:
         raise ModelError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}")
-    dtype = compute_dtype(device)
+    chosen = as_dtype(dtype, device)
     quantised: dict[str, Any] = {}
     if bits != 32:
         config = BitsAndBytesConfig(
@@ -116,12 +116,12 @@ def load_image_tower(name: str, bits: int, device: str = "cpu") -> CLIPVisionMod
             load_in_8bit=bits == 8,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=chosen,
         )
         quantised = {"quantization_config": config, "device_map": {"": device}}
     with loading(name):
         tower, report = CLIPVisionModelWithProjection.from_pretrained(
-            locate(name), dtype=dtype, attention_dropout=0.0, output_loading_info=True, **quantised
+            locate(name), dtype=chosen, attention_dropout=0.0, output_loading_info=True, **quantised
         )
         _check_complete(report)
     if bits == 32:
@@ -142,6 +142,13 @@ def load_text_tower(name: str, device: str = "cpu") -> tuple[CLIPTextModelWithPr
                 f"model {name!r} comes without a usable tokenizer: tokenizer.json and its configuration are needed"
             )
         return tower.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def as_dtype(name: str, device: str) -> torch.dtype:
+    """Return a floating point type by name; `auto` is `compute_dtype`."""
+    if name == "auto":
+        return compute_dtype(device)
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
 def compute_dtype(device: str) -> torch.dtype:

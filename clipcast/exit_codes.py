@@ -27,6 +27,7 @@ CODES = {
     "protocol.errors.BusError": BROKER,
     "clip_lora.errors.ModelError": MODEL,
     "edge_client.errors.UnfitPlanError": MODEL,
+    "edge_client.errors.OutOfMemoryError": MODEL,
     "edge_client.errors.DataError": DATA,
     "edge_client.errors.StateError": SETTINGS,
     "edge_client.errors.ShutOutError": SHUT_OUT,

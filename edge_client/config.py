@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +34,7 @@ data = "{data}"
 # min_prototype_count = 20       # classes of fewer pictures stay on this device; the recipe may ask for more, not for less
 # max_epsilon = 8.0              # plans without differential privacy, or beyond this epsilon in all, are refused
 # max_delta = 1e-5               # the largest delta at which that is counted
+# metrics = "127.0.0.1:9464"     # answers Prometheus there: `pip install 'clipcast[metrics]'`
 # model = "/opt/models/clip"     # a local copy of the federation's model; without it the federation's name is loaded
 
 [broker]
@@ -62,6 +63,7 @@ class ClientConfig(BaseModel):
     min_prototype_count: Annotated[int, Field(ge=1)] = 1
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
+    metrics: Annotated[str, Field(pattern=r"^[^\s:]+:[0-9]{1,5}$")] | None = None
     model: str | None = None
     broker: BrokerSettings = BrokerSettings()
 
@@ -100,7 +102,8 @@ class ClientConfig(BaseModel):
 class Placement:
     """How this device trains: settings over profile. `batch_size` and `max_rank` are upper limits.
 
-    `min_prototype_count` is a lower one: of two, the plan's and the device's own, the larger counts.
+    `min_prototype_count` is a lower one: of two, the plan's and the device's own, the larger counts. `fallback` says what
+    is other than settings and profile ask for, and why.
     """
 
     bits: Literal[4, 8, 32]
@@ -108,11 +111,28 @@ class Placement:
     max_rank: int
     device: Literal["cpu", "cuda"]
     min_prototype_count: int = 1
+    dtype: str = "auto"
+    checkpointing: bool = False
+    fallback: str = ""
+
+    def numerics(self) -> tuple[int, str, str]:
+        """Return what decides over bits of the result, besides the batch."""
+        return self.bits, self.device, self.dtype
+
+    def smaller(self, why: str) -> Placement:
+        """Return a placement that needs less memory: half the batch, and blocks computed again on the way back."""
+        size = max(1, self.batch_size // 2)
+        return replace(self, batch_size=size, checkpointing=True, fallback=told(self.fallback, f"batches of {size}: {why}"))
 
     def stricter(self, recipe: Recipe) -> Recipe:
         """Return the recipe as this device carries it out."""
         least = max(recipe.min_prototype_count, self.min_prototype_count)
         return recipe.model_copy(update={"min_prototype_count": least})
+
+
+def told(*reasons: str) -> str:
+    """Return reasons as one text that fits a status."""
+    return "; ".join(reason for reason in reasons if reason)[:500]
 
 
 def load(path: Path) -> ClientConfig:

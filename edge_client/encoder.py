@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from numpy.typing import NDArray
 
 from clip_lora.lora import PeftModel, attach
@@ -26,16 +27,25 @@ class ImageEncoder:
     no augmentation: a picture has exactly one view, hence one entry. Encoders may share a store.
     """
 
-    def __init__(self, model: str, bits: int, device: str, recipe: Recipe, store: HiddenStore | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        bits: int,
+        device: str,
+        recipe: Recipe,
+        store: HiddenStore | None = None,
+        dtype: str = "auto",
+    ) -> None:
         self.name = model
         self.device = device
         self.preprocessing: Preprocessing = load_preprocessing(model)
-        self.model: PeftModel = attach(load_image_tower(model, bits, device), load_sizes(model), "vision", recipe)
+        self.model: PeftModel = attach(load_image_tower(model, bits, device, dtype), load_sizes(model), "vision", recipe)
         self.first_block = recipe.first_block
+        self.checkpointing = False  # compute blocks again on the way back: less memory, a third more time, the same bits
         self.store = HiddenStore() if store is None else store
         # The name stands for the preprocessing beside the weights; digesting them is not worth it if nothing is frozen.
         digest = model_facts(model).digest if self.first_block else ""
-        self._origin: tuple[Hashable, ...] = (model, digest, bits, device, self.first_block)
+        self._origin: tuple[Hashable, ...] = (model, digest, bits, device, dtype, self.first_block)
 
     def encode(self, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
         """Pictures of a dataset by index -> unit features (N, D), float32."""
@@ -63,9 +73,14 @@ class ImageEncoder:
         vision = self._tower.vision_model
         *blocks, last = vision.encoder.layers[self.first_block :]
         for block in blocks:
-            hidden = block(hidden, None)
+            hidden = self._run(block, hidden)
         embeds = self._tower.visual_projection(vision.post_layernorm(_class_token(last, hidden))).float()
         return torch.nn.functional.normalize(embeds, dim=-1)
+
+    def _run(self, block: Any, hidden: torch.Tensor) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, hidden, None, use_reentrant=False)
+        return block(hidden, None)
 
     @property
     def _tower(self) -> Any:

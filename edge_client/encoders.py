@@ -19,12 +19,12 @@ class Encoders:
         self._store = HiddenStore()  # of all: what is frozen does not depend on the factors' shape
         self._loaded: OrderedDict[Key, ImageEncoder] = OrderedDict()
 
-    def get(self, model: str, bits: int, device: str, recipe: Recipe) -> ImageEncoder:
+    def get(self, model: str, bits: int, device: str, recipe: Recipe, dtype: str = "auto") -> ImageEncoder:
         """Return an encoder with factors of the recipe's shape, of whatever values were loaded last. Raises ModelError."""
-        key = (model, bits, device, recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
+        key = (model, bits, device, dtype, recipe.rank, recipe.alpha, recipe.projections, recipe.first_block)
         if key not in self._loaded:
             while len(self._loaded) >= self._limit:
                 self._loaded.popitem(last=False)
-            self._loaded[key] = ImageEncoder(model, bits, device, recipe, self._store)
+            self._loaded[key] = ImageEncoder(model, bits, device, recipe, self._store, dtype)
         self._loaded.move_to_end(key)
         return self._loaded[key]

@@ -27,5 +27,9 @@ class LedgerError(RuntimeError):
     """A record of what was disclosed that cannot be read: nothing more may leave the device."""
 
 
+class OutOfMemoryError(RuntimeError):
+    """A training that does not fit into this device's memory, not even with a smaller batch."""
+
+
 class StateError(RuntimeError):
     """A state folder that this client cannot have: another one is at work there, or it cannot be written."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from edge_client.errors import DataError, PlanRefusedError, ShutOutError
+from edge_client.monitor.guard import Guard
 from edge_client.outbox import Outbox
 from edge_client.participation import Announce, Leave, Participation, Send, Step, Train, Withdraw
 from edge_client.train import Trainer, TrainingStopped
@@ -29,12 +31,14 @@ def participate(
     client: Participation,
     stop: threading.Event,
     outbox: Outbox | None = None,
+    guard: Guard | None = None,
 ) -> None:
-    """Take part until `stop` is set. The training runs beside the loop, so that the link stays alive.
+    """Take part until `stop` is set. The training runs beside the loop, so that the link stays alive; `guard` may hold it.
 
     Raises what the training raised, after everybody has been told.
     """
     training: Future[TrainingResult] | None = None
+    stopped = stop.is_set if guard is None else partial(guard.hold, stop)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="training") as pool:
         try:
             while not stop.is_set():
@@ -47,15 +51,17 @@ def participate(
                     if isinstance(problem, TrainingStopped):
                         break
                     if problem is not None and not isinstance(problem, PlanRefusedError):
-                        carry_out(client.failed(public(problem)), link, end)
+                        carry_out(client.failed(public(problem)), link, end, guard=guard)
                         raise problem
                     steps += finished(client, end, training)
                     training = None
+                if training is not None and guard is not None:
+                    steps += client.held(guard.reason)
                 for step in steps:
                     if isinstance(step, Train):
-                        training = pool.submit(trainer.run, step.ready, stop.is_set)
+                        training = pool.submit(trainer.run, step.ready, stopped)
                         training.add_done_callback(lambda _: link.wake())
-                carry_out(steps, link, end, outbox)
+                carry_out(steps, link, end, outbox, guard)
         finally:
             stop.set()
             link.bus.close(end.farewell())
@@ -93,7 +99,9 @@ def finished(client: Participation, end: ClientEnd, training: Future[TrainingRes
         return client.missed(str(error))
 
 
-def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox: Outbox | None = None) -> None:
+def carry_out(
+    steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox: Outbox | None = None, guard: Guard | None = None
+) -> None:
     """Do what concerns the wire and the disk."""
     for step in steps:
         match step:
@@ -107,7 +115,7 @@ def carry_out(steps: list[Step], link: Link[ClientEvent], end: ClientEnd, outbox
                 end.withdraw()
             case Announce(status=status):
                 log.info("%s %s", status.phase, status.detail)
-                link.do(end.announce(status))
+                link.do(end.announce(status if guard is None else status.model_copy(update={"board": guard.board()})))
             case Leave(problem=problem):
                 raise ShutOutError(problem)
             case Train():

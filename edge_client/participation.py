@@ -62,6 +62,7 @@ class Participation:
         self._newest: RoundPlan | None = None
         self._done = done
         self._unanswered = done is not None
+        self._held = ""
         self._sent_in: int | None = None  # start of the coordinator in which `done` was last offered
 
     @property
@@ -113,6 +114,13 @@ class Participation:
         self._training = None
         return [self._announce("failed", number, problem[:500])]
 
+    def held(self, reason: str) -> list[Step]:
+        """Take in why a training waits (empty: it does not): everybody is told, once."""
+        if self._training is None or reason == self._held:
+            return []
+        self._held = reason
+        return [self._announce("training", self._training.plan.round, f"waits: {reason}" if reason else "")]
+
     def missed(self, problem: str) -> list[Step]:
         """Take in a training that came to nothing: everybody is told why, and the client stays for the next plan."""
         missed, told = self._training, self.failed(problem)
@@ -129,7 +137,7 @@ class Participation:
         steps = self._keep_offering(plan)
         if self._training is not None:
             return steps
-        self._training = ready
+        self._training, self._held = ready, ""
         return [*steps, Train(ready), self._announce("training", plan.round)]
 
     def _keep_offering(self, plan: RoundPlan) -> list[Step]:

@@ -25,10 +25,11 @@ from edge_client.config import Placement
 from edge_client.data import Dataset
 from edge_client.encoder import ImageEncoder, encode
 from edge_client.encoders import Encoders
-from edge_client.errors import UnfitPlanError
+from edge_client.errors import OutOfMemoryError, UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
 from edge_client.privacy.budget import Budget
 from edge_client.privacy.disclose import disclose, parts_of
+from edge_client.probes import first_line, out_of_memory, release_memory
 from edge_client.work import work_of
 from protocol.events import PlanReady
 from protocol.messages import Adapter, Recipe, TextBank, TrainingResult, Update
@@ -64,7 +65,9 @@ class Trainer:
         encoders: Encoders | None = None,
         checkpoint: Checkpoint | None = None,
         budget: Budget | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`report` is told what is done other than the settings ask for, as when memory ran out."""
         self._id = client_id
         self._open_pictures = open_pictures
         self._placement = placement
@@ -73,6 +76,7 @@ class Trainer:
         self._encoders = encoders or Encoders()
         self._checkpoint = checkpoint
         self._budget = budget or Budget()
+        self._report = report
         self._data: Dataset | None = None
         self._classes: tuple[str, ...] | None = None
 
@@ -95,7 +99,8 @@ class Trainer:
                 f"model {name!r} here has weights {self._facts.digest[:12]}, the federation trains {bank.model!r} with "
                 f"{bank.model_digest[:12]}: install the same weights on this device, or set `model` to them"
             )
-        encoder = self._encoders.get(name, self._placement.bits, self._placement.device, recipe)
+        encoder = self._encoders.get(name, self._placement.bits, self._placement.device, recipe, self._placement.dtype)
+        encoder.checkpointing = self._placement.checkpointing
         if self._data is None or self._classes != bank.classes:
             self._data = self._open_pictures(bank.classes, encoder.preprocessing)
             self._classes = bank.classes
@@ -105,8 +110,31 @@ class Trainer:
     def run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
         """Train one round, from its checkpoint if there is one, and return what goes up.
 
-        Raises TrainingStopped, and PlanRefusedError if this device's privacy budget does not allow the round.
+        If memory runs out, once more with half the batch, which stays that size. Raises TrainingStopped, OutOfMemoryError,
+        and PlanRefusedError if this device's privacy budget does not allow the round.
         """
+        try:
+            return self._run(ready, stopped)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            problem = first_line(error)
+        # Out of the handler: the error's traceback holds the tensors that did not fit.
+        self._placement = self._placement.smaller(f"memory ran out ({problem})")
+        log.warning("round %d is trained again: %s", ready.plan.round, self._placement.fallback)
+        self._report(self._placement.fallback)
+        release_memory()
+        try:
+            return self._run(ready, stopped)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"memory ran out with batches of {self._placement.batch_size} too ({first_line(error)}): stop what else "
+                f"runs here, set a smaller `batch_size` or 4 `bits`, or take a smaller model. `clipcast plan` says what fits"
+            ) from error
+
+    def _run(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
         plan, bank = ready.plan, ready.bank
         started = time.monotonic()
         recipe = self._placement.stricter(plan.recipe.at_rank(rank_of(ready.adapter)))
@@ -114,7 +142,7 @@ class Trainer:
         seed = derive_seed(plan.seed, plan.round, self._id)
         load_adapter(encoder.model, ready.adapter)
         batch = self._placement.batch_size
-        work = work_of(ready, self._id, self._placement.bits, self._placement.device, batch, data.digest())
+        work = work_of(ready, self._id, *self._placement.numerics(), batch, data.digest())
         self._budget.check(recipe.privacy, work, parts_of(recipe))
         metrics = local_steps(encoder, data, bank, recipe, seed, batch, stopped, self._checkpoint, work)
         if recipe.privacy is None:
@@ -172,6 +200,7 @@ def local_steps(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.item()
+        del features, loss  # they hold what this step kept for its way back, beside what the next one keeps
     return Metrics(total / max(recipe.local_steps, 1), recipe.local_steps, time.monotonic() - started)
 
 

@@ -67,6 +67,11 @@ class ClientEnd:
         self._adapter: Download[Adapter] | None = None
         self._upload = Upload(rng)
 
+    @property
+    def status(self) -> Status:
+        """What this client last said of itself."""
+        return self._status
+
     def will(self) -> Publish:
         """Return the last will: the retained status, offline."""
         return self._publish_status(Status(state="offline", phase="stopped", detail="connection lost"))

@@ -219,6 +219,26 @@ class Successor(Manifest):
     next: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
 
 
+class Board(BaseModel):
+    """How a client's board was when it spoke; None is what the board does not say.
+
+    The hottest zone in degrees Celsius, W, the GPU's load from 0 to 1, MiB, and throttlings for over-current since it
+    started.
+    `fallback` is what the client does other than its settings and profile ask for, and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    platform: Name | None = None
+    l4t: Name | None = None
+    power_mode: Name | None = None
+    temperature_c: Finite | None = None
+    power_w: Finite | None = None
+    gpu_load: Finite | None = None
+    memory_available_mib: Count | None = None
+    over_current_events: Count | None = None
+    fallback: Text = ""
+
+
 class Status(Manifest):
     """A client's presence: retained, with an offline twin as the last will. A hint, never an input to correctness."""
 
@@ -231,6 +251,7 @@ class Status(Manifest):
     device: Name | None = None
     max_rank: Annotated[int, Field(ge=1, le=256)] | None = None
     detail: Text = ""
+    board: Board | None = None
 
 
 @dataclass(frozen=True)

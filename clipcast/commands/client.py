@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,11 @@ from clipcast.commands.files import write_new
 
 if TYPE_CHECKING:
     from edge_client.config import ClientConfig
+    from edge_client.monitor.guard import Guard
     from edge_client.participation import Participation
     from edge_client.train import Trainer
     from edge_client.work import Work
+    from protocol.client_end import ClientEnd
     from protocol.messages import Status
 
 app = typer.Typer(help="An edge client: trains a LoRA adapter on pictures that never leave the device.")
@@ -50,27 +53,37 @@ def run(path: Annotated[Path, typer.Argument(help="The settings file.")] = Path(
 
     Example: `clipcast client run client.toml`
     """
+    from edge_client.allocator import return_freed_memory
     from edge_client.config import load
+    from edge_client.monitor.guard import Guard
+    from edge_client.monitor.monitor import Monitor
     from hardware_profiles.detect import detect
     from hardware_profiles.profile import load as load_profile
+    from protocol.messages import Board
 
+    return_freed_memory()
     config = load(path)
-    if config.profile:
-        profile, reason = load_profile(config.profile), "named in the settings"
-    else:
-        found = detect()
-        profile, reason = found.profile, found.reason
-    typer.echo(f"profile {profile.name}: {reason}", err=True)
+    found = detect()
+    profile = load_profile(config.profile) if config.profile else found.profile
+    typer.echo(f"profile {profile.name}: {'named in the settings' if config.profile else found.reason}", err=True)
+    profile.check_trains()
+    about = Board(platform=found.platform.name if found.platform else None, l4t=found.board.l4t or None)
+
+    guard = Guard(profile.thermal, Monitor().read, about)
 
     def prepare(done: Work | None) -> tuple[Trainer, Participation, Status]:
         from edge_client.device import new_client
 
-        return new_client(config, profile, done)
+        return new_client(config, profile, done, guard.report)
 
-    take_part(config, prepare)
+    take_part(config, prepare, guard)
 
 
-def take_part(config: ClientConfig, prepare: Callable[[Work | None], tuple[Trainer, Participation, Status]]) -> None:
+def take_part(
+    config: ClientConfig,
+    prepare: Callable[[Work | None], tuple[Trainer, Participation, Status]],
+    guard: Guard | None = None,
+) -> None:
     """Take part until stopped. `prepare` makes what trains, once the broker has taken us in, from what the outbox holds."""
     from edge_client.outbox import Outbox
     from protocol.client_end import ClientEnd
@@ -81,28 +94,44 @@ def take_part(config: ClientConfig, prepare: Callable[[Work | None], tuple[Train
     outbox = Outbox(config.state)
     trust = Pinned(config.state / "coordinator.key", config.coordinator_key)
     end = ClientEnd(config.federation, config.id, random.Random(), config.state, trust)
-    # The broker first: a wrong address should not cost the loading of torch.
-    bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}", end.will())
-    from edge_client.participate import participate
-
     try:
-        trainer, part, status = prepare(outbox.load())
-    except BaseException:
-        bus.close(end.farewell())
-        raise
-    end.announce(status)
-    stop, link = threading.Event(), Link(bus, end)
+        with metrics(config.metrics, guard, end):
+            # The broker first: a wrong address should not cost the loading of torch.
+            bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}", end.will())
+            from edge_client.participate import participate
 
-    def leave(*_: object) -> None:
-        stop.set()
-        link.wake()
+            try:
+                trainer, part, status = prepare(outbox.load())
+            except BaseException:
+                bus.close(end.farewell())
+                raise
+            end.announce(status)
+            stop, link = threading.Event(), Link(bus, end)
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
-    try:
-        participate(link, end, trainer, part, stop, outbox)
+            def leave(*_: object) -> None:
+                stop.set()
+                link.wake()
+
+            signal.signal(signal.SIGTERM, leave)
+            signal.signal(signal.SIGINT, leave)
+            participate(link, end, trainer, part, stop, outbox, guard)
     finally:
         outbox.close()
+
+
+@contextlib.contextmanager
+def metrics(address: str | None, guard: Guard | None, end: ClientEnd) -> Iterator[None]:
+    """Answer Prometheus meanwhile, if the settings ask for it."""
+    if address is None or guard is None:
+        yield
+        return
+    from edge_client.monitor.prometheus import serve_metrics
+
+    close = serve_metrics(address, guard.board, lambda: end.status)
+    try:
+        yield
+    finally:
+        close()
 
 
 @app.command()

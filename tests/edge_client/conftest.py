@@ -92,10 +92,11 @@ def make_trainer(home: Path) -> MakeTrainer:
         checkpoint: Checkpoint | None = None,
         budget: Budget | None = None,
         encoders: Encoders | None = None,
+        report: Callable[[str], None] = lambda _: None,
         **placement: object,
     ) -> Trainer:
         where = replace(Placement(4, 32, 16, "cpu"), **placement)  # type: ignore[arg-type]
-        return Trainer(client, partial(open_dataset, source), where, model, encoders, checkpoint, budget)
+        return Trainer(client, partial(open_dataset, source), where, model, encoders, checkpoint, budget, report)
 
     return make
 

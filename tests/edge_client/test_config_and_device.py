@@ -131,8 +131,35 @@ def test_a_gpu_that_torch_cannot_see_is_reported_and_not_used(caplog, asked):
     caplog.set_level(logging.WARNING, logger="edge_client.device")
     by_profile = asked == "by-the-profile"
     profile = load_profile("jetson-orin-nano-8gb" if by_profile else "generic-cpu")
-    assert place(config(device=None if by_profile else "cuda"), profile).device == "cpu"
-    assert "no GPU" in caplog.text
+    placement = place(config(device=None if by_profile else "cuda"), profile)
+    assert (placement.device, placement.dtype) == ("cpu", "auto" if by_profile else profile.dtype)
+    assert placement.fallback.startswith("the CPU instead of the GPU: ")
+    assert placement.fallback in caplog.text
+    assert "clipcast doctor" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_layer_that_does_not_run_here_is_reported_and_not_used(monkeypatch, bits):
+    def named_symbol_not_found(*_: object, **__: object):
+        raise RuntimeError("Error named symbol not found at line 62 in file ops.cu\nand so on")
+
+    layer = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    monkeypatch.setattr(f"bitsandbytes.nn.{layer}.forward", named_symbol_not_found)
+    placement = place(config(bits=bits), load_profile("generic-cpu"))
+    assert placement.bits == 32
+    assert f"instead of {bits} bits: Error named symbol not found at line 62 in file ops.cu" in placement.fallback
+    assert "\n" not in placement.fallback
+    told: list[str] = []
+    _, _, status = new_client(config(bits=bits), load_profile("generic-cpu"), report=told.append)
+    assert (status.bits, told) == (32, [placement.fallback])
+
+
+def test_what_runs_here_is_used_and_trying_it_moves_no_random_numbers():
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    assert place(config(), load_profile("generic-cpu")).fallback == ""
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_a_new_client_says_what_it_is():

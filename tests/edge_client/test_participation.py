@@ -397,3 +397,22 @@ def test_in_any_order_one_training_runs_at_a_time_and_only_results_of_the_curren
                 assert current is not None
                 assert (step.work.parcel.offer.round, step.work.parcel.offer.base) == key(current)
                 sent = current
+
+
+def test_why_a_training_waits_is_told_once_and_that_it_goes_on(client):
+    assert client.held("90 C") == []
+    client.on(ready(1))
+    (told,) = client.held("90 C")
+    assert (told.status.phase, told.status.round, told.status.detail) == ("training", 1, "waits: 90 C")
+    assert client.held("90 C") == []
+    (told,) = client.held("")
+    assert (told.status.phase, told.status.detail) == ("training", "")
+    assert client.held("") == []
+
+
+def test_a_new_training_is_not_said_to_wait(client):
+    client.on(ready(1))
+    client.held("90 C")
+    client.trained(result_of(ready(1)))
+    client.on(ready(2))
+    assert client.held("") == []

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -14,7 +15,8 @@ from clip_lora.errors import ModelError
 from coordinator.checks import Expectation, Start, check_update
 from coordinator.text_bank import make_bank
 from edge_client.checkpoint import Checkpoint
-from edge_client.errors import DataError, UnfitPlanError
+from edge_client.encoders import Encoders
+from edge_client.errors import DataError, OutOfMemoryError, UnfitPlanError
 from edge_client.train import TrainingStopped
 from protocol.codec import decode_update, encode_update
 
@@ -239,3 +241,63 @@ def test_no_checkpoint_is_written_more_often_than_told(make_trainer, long_ready,
     seen = []
     make_trainer(checkpoint=Checkpoint(path, every_s=3600.0)).run(long_ready, lambda: bool(seen.append(path.exists())))
     assert not any(seen)
+
+
+JETSON = "NvMapMemAllocInternalTagged: 1075072515 error 12"
+ASSERT = 'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1090'
+
+
+def full_above(limit, problem, encoders):
+    """Encoders whose memory runs out at batches above `limit`, with a Jetson's words, while they train."""
+    got = encoders.get
+
+    def get(*arguments):
+        encoder = got(*arguments)
+        head = type(encoder).head
+
+        def narrow(hidden):
+            if torch.is_grad_enabled() and len(hidden) > limit:
+                raise RuntimeError(problem)
+            return head(encoder, hidden)
+
+        encoder.head = narrow
+        return encoder
+
+    encoders.get = get
+    return encoders
+
+
+@pytest.mark.parametrize("problem", [JETSON, ASSERT, "CUDA error: out of memory", "CUDA out of memory. Tried to allocate"])
+def test_where_memory_runs_out_half_the_batch_is_tried_once_and_kept(make_trainer, make_ready, bank, problem):
+    told = []
+    trainer = make_trainer(encoders=full_above(4, problem, Encoders()), batch_size=8, report=told.append)
+    update = encode_update(trainer.run(make_ready(bank), never).update)
+    assert told == [f"batches of 4: memory ran out ({problem})"]
+    assert update == encode_update(make_trainer(batch_size=4).run(make_ready(bank), never).update)
+    trainer.run(make_ready(bank, number=2), never)
+    assert len(told) == 1
+
+
+def test_where_half_the_batch_does_not_fit_either_the_cure_is_named(make_trainer, make_ready, bank):
+    trainer = make_trainer(encoders=full_above(2, JETSON, Encoders()), batch_size=8)
+    with pytest.raises(OutOfMemoryError, match=r"batches of 4 too .*clipcast plan"):
+        trainer.run(make_ready(bank), never)
+
+
+def test_another_failure_is_not_tried_again(make_trainer, make_ready, bank):
+    told = []
+    trainer = make_trainer(encoders=full_above(0, "CUDA error: an illegal memory access", Encoders()), report=told.append)
+    with pytest.raises(RuntimeError, match="illegal"):
+        trainer.run(make_ready(bank), never)
+    assert told == []
+
+
+def test_blocks_computed_again_on_the_way_back_give_the_same_bits(result, make_trainer, make_ready, bank):
+    runs = []
+    encoders = Encoders()
+    trainer = make_trainer(encoders=encoders, checkpointing=True)
+    block = encoders.get("tiny-clip", 4, "cpu", make_ready(bank).plan.recipe)._tower.vision_model.encoder.layers[0]
+    block.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    again = trainer.run(make_ready(bank), never)
+    assert encode_update(again.update) == encode_update(result.update)
+    assert runs.count(True) == 2 * make_ready(bank).plan.recipe.local_steps
