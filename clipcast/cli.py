@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from clipcast import __version__
-from clipcast.commands import broker, ca, client, coordinator, demo, device, export, infer, profiles, simulate
+from clipcast.commands import broker, ca, client, coordinator, demo, device, doctor, export, infer, plan, profiles, simulate
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.add_typer(device.app, name="device")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")
 app.add_typer(profiles.app, name="profiles")
+app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 app.command("export")(export.export)
 app.command("infer")(infer.infer)
 app.command("demo")(demo.demo)
@@ -46,6 +48,7 @@ EXTRAS = {
     "matplotlib": "demo",
     "ray": "ray",
     "dp_accounting": "privacy",
+    "prometheus_client": "metrics",
 }
 
 

@@ -16,7 +16,7 @@ SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, 
     12,
     13,
 )
-WARNINGS = 14
+WARNINGS, UNFIT = 14, 15
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.

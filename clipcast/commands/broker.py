@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from clipcast.commands.findings import show
 from clipcast.exit_codes import BROKER, WARNINGS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from protocol.broker.findings import Finding
-    from protocol.settings import Participant
 
 app = typer.Typer(help="The MQTT broker between coordinator and clients.")
 
@@ -99,30 +92,6 @@ def check(
         who = load_settings(Path(target), Participant, "clipcast coordinator init")
     check_name(who.federation, "federation")
     check_name(who.id, "id")
-    found = _shown(findings_of(who.broker, who.federation, who.id), who, as_json=as_json)
-    states = {finding.state for finding in found}
+    title = f"{who.broker.url} as {who.id} of {who.federation}"
+    states = show(findings_of(who.broker, who.federation, who.id), title, f"measuring {who.broker.url}", as_json=as_json)
     raise typer.Exit(BROKER if "fail" in states else WARNINGS if "warn" in states else 0)
-
-
-def _shown(findings: Iterator[Finding], who: Participant, *, as_json: bool) -> list[Finding]:
-    """Print findings: as JSON, or as a table once all are there, with what was measured last meanwhile."""
-    from rich.console import Console
-    from rich.table import Table
-
-    found = []
-    with Console(stderr=True).status(f"measuring {who.broker.url}") as status:
-        for finding in findings:
-            found.append(finding)
-            status.update(f"measuring {who.broker.url}: {finding.name} {finding.state}")
-    if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in found], indent=1))
-        return found
-    table = Table(title=f"{who.broker.url} as {who.id} of {who.federation}", title_justify="left")
-    for column in ("", "measured", "", "what to do"):
-        table.add_column(column, overflow="fold")
-    colours = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "dim"}
-    for finding in found:
-        state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.name, finding.measured.replace("[", r"\["), state, finding.cure.replace("[", r"\["))
-    Console().print(table)
-    return found

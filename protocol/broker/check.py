@@ -17,9 +17,10 @@ from datetime import datetime, timezone
 from email.utils import formatdate
 
 from protocol import tls
-from protocol.broker.findings import RAISE, Finding, Place, limits, packet_of
+from protocol.broker.findings import RAISE, Place, limits, packet_of
 from protocol.broker.rights import rights
 from protocol.errors import BusError
+from protocol.findings import Finding
 from protocol.mqtt import WINDOW, MqttBus
 from protocol.settings import BrokerSettings
 from protocol.transfer.exchange import chunk_size
@@ -58,6 +59,22 @@ def check(settings: BrokerSettings, federation: str, client: str) -> Iterator[Fi
         yield _two_of_one_name(place)
     except BusError as error:
         yield Finding("connection", str(error), "fail", "see the broker's log")
+
+
+def brief(settings: BrokerSettings, federation: str, client: str) -> Iterator[Finding]:
+    """Yield what a client has to know: that it gets in, how, the size of packets, and a round trip. A second at most."""
+    place = Place(settings, federation, client, secrets.token_hex(4))
+    try:
+        yield _reach(place)
+        yield from _link(settings)
+        with place.probe() as probe:
+            yield from limits(probe.limits, settings.keepalive_s)
+            if (answer := probe.publish(place.topic("own"), b"")).refused:
+                yield Finding("own topics", answer.text, "fail", _own_cure(place))
+                return
+        yield _round_trip(place, _echoes(place))
+    except BusError as error:
+        yield Finding("connection", str(error), "fail", "see the broker's log, and `clipcast broker check`")
 
 
 def _reach(place: Place) -> Finding:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from protocol.broker.probe import Probe
+from protocol.findings import Finding
 from protocol.messages import CHUNK_SIZE
 from protocol.mqtt import WINDOW
 from protocol.settings import BrokerSettings
@@ -14,19 +14,8 @@ from protocol.topics import Topics
 from protocol.transfer.exchange import PACKET_MARGIN, chunk_size
 from protocol.trust.signing import MAX_TOKEN
 
-State = Literal["ok", "warn", "fail", "unknown"]
 SHORTEST_KEEPALIVE_S = 10
 RAISE = "raise its max_packet_size (`clipcast broker config` writes what we recommend)"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was measured; `cure` says what to do unless it is ok."""
-
-    name: str
-    measured: str
-    state: State = "ok"
-    cure: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from protocol.broker.findings import Finding, Place
+from protocol.broker.findings import Place
 from protocol.broker.probe import Probe
 from protocol.envelope import COORDINATOR
 from protocol.errors import WireError
+from protocol.findings import Finding
 from protocol.topics import Topics, parse
 
 HEAR_S = 1.0

@@ -69,6 +69,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "export",
             "infer",
             "demo",
+            "doctor",
+            "plan",
         ),
         *("profiles list", "profiles show", "profiles detect"),
     ],
