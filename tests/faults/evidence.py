@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from coordinator.state.store import KEEP_ROUNDS
 from tests.faults.actors import read_notes
 
 MEASURED = ("seconds", "bytes_up", "bytes_down")
@@ -33,6 +34,19 @@ def records(state: Path) -> list[dict[str, Any]]:
     """Return the finished rounds' records, without what a clock or a counter of bytes says."""
     found = rows(state, "SELECT record FROM rounds WHERE record IS NOT NULL ORDER BY number")
     return [{key: value for key, value in json.loads(text).items() if key not in MEASURED} for (text,) in found]
+
+
+def differing(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the pairs of records of the same round that are not the same, of the rounds that both have.
+
+    A journal forgets who listened to whom in rounds long past, and two of different lengths do so in different rounds.
+    """
+    remembered = max(len(one), len(other)) - KEEP_ROUNDS
+
+    def told(record: dict[str, Any]) -> dict[str, Any]:
+        return record if record["round"] > remembered else {**record, "attention": None}
+
+    return [(a, b) for a, b in zip(one, other, strict=False) if told(a) != told(b)]
 
 
 def seconds_of_rounds(state: Path) -> list[float]:

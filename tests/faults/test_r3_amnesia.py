@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import is_listening, wait_until
 from tests.faults.cast import BROKER, COORDINATOR, Cast, Mosquitto, calm
-from tests.faults.evidence import lost, receipts, records
+from tests.faults.evidence import differing, lost, receipts, records
 from tests.faults.processes import Zygote
 from tests.faults.test_r1_kills import settings_for
 
@@ -79,9 +79,9 @@ def test_a_broker_that_keeps_dying_loses_no_update(
     for variant, (done, told, missing, refused) in found.items():
         name = f"broker killed {kills} times, {variant}"
         score("R3", f"{name}: receipts lost", missing, f"of {told}", "0", passed=missing == 0 and told > 0)
-        differing = [(one, two) for one, two in zip(done, reference, strict=False) if one != two]
-        other = len(differing)
-        for one, two in differing[:3]:
+        differ = differing(done, reference)
+        for one, two in differ[:3]:
             print({key: (one[key], two[key]) for key in one if one[key] != two[key]}, "in round", one["round"])
+        other = len(differ)
         score("R3", f"{name}: rounds with other bits", other, f"of {len(done)}", "0", passed=other == 0)
         assert (refused > 0) == (variant == CORRUPT), f"{variant}: refused {refused} times"
