@@ -16,7 +16,7 @@ SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, 
     12,
     13,
 )
-WARNINGS, UNFIT = 14, 15
+WARNINGS, UNFIT, NOT_ENROLLED = 14, 15, 16
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
@@ -32,6 +32,7 @@ CODES = {
     "edge_client.errors.StateError": SETTINGS,
     "edge_client.errors.ShutOutError": SHUT_OUT,
     "edge_client.errors.LedgerError": SETTINGS,
+    "edge_client.errors.EnrolmentError": NOT_ENROLLED,
     "coordinator.errors.FederationError": FEDERATION,
     "coordinator.errors.NotKeptError": FEDERATION,
     "export.errors.ExportError": EXPORT,

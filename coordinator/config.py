@@ -26,6 +26,7 @@ deadline_s = 600                      # a round without its quorum by then is gi
 seed = 0
 state = "state"                       # adapters and the journal of every round; a restart continues from here
 # journal = "postgresql+pg8000://clipcast@labserver/clipcast"   # instead of state/journal.db; one database a federation
+# authority = "ca"                    # the lab's (`clipcast ca init`): who has a claim (`clipcast device add`) is enrolled
 # admission = "open"                  # "registered": only devices that `clipcast device add` has let in may take part
 # seal_updates = true                 # only this coordinator can read what devices send; false: the broker can, too
 # uploads_at_once = 8                 # so many clients upload at a time, the others wait with their updates on their disks
@@ -104,6 +105,7 @@ class CoordinatorConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, le=2**40)] = 0
     state: Annotated[Path, Field(validate_default=True)] = Path("state")
     journal: str | None = None
+    authority: Path | None = None
     admission: Literal["open", "registered"] = "open"
     seal_updates: bool = True
     uploads_at_once: Annotated[int, Field(ge=1)] = 8
@@ -121,10 +123,10 @@ class CoordinatorConfig(BaseModel):
                 )
         return templates
 
-    @field_validator("state")
+    @field_validator("state", "authority")
     @classmethod
-    def _relative_to_the_file(cls, state: Path, info: ValidationInfo) -> Path:
-        return Path(beside(str(state), info))
+    def _relative_to_the_file(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return None if path is None else Path(beside(str(path), info))
 
     @field_validator("model")
     @classmethod

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from protocol.envelope import COORDINATOR
+from edge_client.enrolment import EnrolmentSettings, enrolled_id
+from protocol.envelope import RESERVED
 from protocol.messages import Name, Recipe
 from protocol.settings import BrokerSettings, beside, load_settings, model_beside
 from protocol.trust.signing import public_key
@@ -18,7 +19,7 @@ DIGITS = "digits"
 TEMPLATE = """\
 # clipcast edge client. `clipcast client run {file}` starts it.
 
-id = "{id}"                      # unique in the federation; becomes part of MQTT topics
+id = "{id}"                      # unique in the federation; becomes part of MQTT topics. Without it: as enrolled
 federation = "{federation}"         # as the coordinator names it
 
 # A folder of pictures with one sub-folder per class, or "digits" (scikit-learn's handwritten digits, for a first try).
@@ -43,6 +44,11 @@ url = "{broker}"
 # password_file = "password.txt"
 # ca_file = "ca.pem"             # with mqtts:// and a private authority
 # tls_version = "1.2"            # the oldest TLS that is spoken; 1.3 unless the broker knows no better
+
+# [enrolment]                    # for `clipcast client enrol`, which gets this device its id and certificate
+# cert_file = "enrol.pem"        # the certificate with which any board of the lab may ask
+# key_file = "enrol.key"
+# token_file = "claim.token"     # what `clipcast device add ID` prints on the coordinator
 """
 
 
@@ -66,12 +72,23 @@ class ClientConfig(BaseModel):
     metrics: Annotated[str, Field(pattern=r"^[^\s:]+:[0-9]{1,5}$")] | None = None
     model: str | None = None
     broker: BrokerSettings = BrokerSettings()
+    enrolment: EnrolmentSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_enrolment(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict) or "id" in data or not isinstance(data.get("state"), str):
+            return data
+        name = enrolled_id(Path(beside(data["state"], info)))
+        if name is None:
+            raise ValueError("this device has no id yet: `clipcast client enrol` gets it one, or write `id` here")
+        return {"id": name, **data}
 
     @field_validator("id")
     @classmethod
-    def _is_no_coordinator(cls, name: str) -> str:
-        if name == COORDINATOR:
-            raise ValueError(f"{COORDINATOR!r} is the coordinator's name: give this device another id")
+    def _is_a_device(cls, name: str) -> str:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} is not a device's name: give this device another id")
         return name
 
     @field_validator("data")

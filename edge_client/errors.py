@@ -33,3 +33,7 @@ class OutOfMemoryError(RuntimeError):
 
 class StateError(RuntimeError):
     """A state folder that this client cannot have: another one is at work there, or it cannot be written."""
+
+
+class EnrolmentError(RuntimeError):
+    """A board that did not become a device: refused, or not answered. The message says what to do; asking again is safe."""

@@ -32,6 +32,8 @@ from protocol.messages import (
 VERSION = 1
 MAX_MANIFEST = 12 * 1024  # signed, in base64url, 16 KB
 COORDINATOR = "coordinator"
+ENROL = "enrol"  # the name in the certificate with which boards ask to become devices (trust/claims.py)
+RESERVED = (COORDINATOR, ENROL)
 
 KINDS: dict[str, type[Manifest]] = {
     manifest.kind: manifest

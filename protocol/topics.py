@@ -7,6 +7,7 @@ clipcast/1/<federation>/blob/<sha256>/<i>              chunk of a broadcast blob
 clipcast/1/<federation>/to/<id>/<kind>                 coordinator to one client
 clipcast/1/<federation>/from/<id>/<kind>               one client to the coordinator
 clipcast/1/<federation>/from/<id>/blob/<sha256>/<i>    chunk of an upload
+clipcast/1/<federation>/enrol/<nonce>/<kind>           a board that has no name yet asks to become a device, and is answered
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ VERSION = "1"
 BROADCASTS = ("classes", "round", "release", "key")
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}\Z")
 SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
+NONCE = re.compile(r"^[0-9a-f]{32}\Z")
+ENROLMENT = ("request", "answer")
 
-Direction = Literal["all", "to", "from"]
+Direction = Literal["all", "to", "from", "enrol"]
 
 
 @dataclass(frozen=True)
 class Address:
-    """What a topic says: who talks to whom about what. `client` is None for a broadcast."""
+    """What a topic says: who talks to whom about what. `client` is None for a broadcast, and where a `nonce` stands."""
 
     federation: str
     direction: Direction
@@ -36,6 +39,7 @@ class Address:
     client: str | None = None
     sha256: str | None = None
     index: int | None = None
+    nonce: str | None = None
 
 
 def check_name(name: str, what: str) -> str:
@@ -85,6 +89,10 @@ class Topics:
         """Return a topic that a client may write to and nobody listens to: for measuring a broker."""
         return f"{self._base}/from/{check_name(client, 'client id')}/check/{check_name(name, 'check')}"
 
+    def enrolment(self, nonce: str, kind: str) -> str:
+        """Return the topic of a request to be enrolled, or of its answer; "+" as the nonce makes it a filter for all."""
+        return f"{self._base}/enrol/{nonce}/{kind}"
+
     def blob_filter(self, sha256: str) -> str:
         """Return the filter for all chunks of one broadcast blob."""
         return f"{self._base}/blob/{sha256}/+"
@@ -124,6 +132,8 @@ def _parse_rest(federation: str, rest: list[str]) -> Address | None:
             return Address(federation, "to" if direction == "to" else "from", kind, client)
         case ["from", client, "blob", sha256, index] if NAME.match(client) and _is_chunk(sha256, index):
             return Address(federation, "from", "blob", client, sha256, int(index))
+        case ["enrol", nonce, kind] if NONCE.match(nonce) and kind in ENROLMENT:
+            return Address(federation, "enrol", kind, nonce=nonce)
         case _:
             return None
 

@@ -1,4 +1,4 @@
-"""`clipcast client init|run|key`."""
+"""`clipcast client init|enrol|run|key`."""
 
 from __future__ import annotations
 
@@ -132,6 +132,37 @@ def metrics(address: str | None, guard: Guard | None, end: ClientEnd) -> Iterato
         yield
     finally:
         close()
+
+
+@app.command()
+def enrol(
+    path: Annotated[Path, typer.Argument(help="The settings file; its section [enrolment] names the claim.")] = Path(
+        "client.toml"
+    ),
+    *,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for an answer.", min=1)] = 120.0,
+) -> None:
+    """Become a device: make the keys here, prove the claim, get a certificate. Again is harmless.
+
+    Example: `clipcast client enrol /etc/clipcast/client.toml`
+    """
+    from edge_client.enrolment import Newcomer, enrolled_id, load
+    from edge_client.enrolment import enrol as ask
+    from protocol.mqtt import MqttBus
+
+    config = load(path)
+    known = enrolled_id(config.state)
+    if known is not None:
+        typer.echo(f"this device is {known} already: nothing to do. Remove {config.state / 'enrolled'} to enrol it anew")
+        return
+    claim = config.claim()
+    newcomer = Newcomer(config.federation, claim, config.state, config.coordinator_key)
+    bus = MqttBus.open(config.door(), f"{config.federation}:enrol:{newcomer.nonce}")
+    try:
+        ask(bus, newcomer, wait)
+    finally:
+        bus.close()
+    typer.echo(f"this device is {claim.id}. Next: clipcast client run {path}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,9 +57,18 @@ def run(
     from coordinator.model_process import ModelProcess
 
     config = load(path)
-    with ModelProcess(config.model) as model:
+    with admitting(config), ModelProcess(config.model) as model:
         for record in conduct(config, model):
             typer.echo(record.model_dump_json() if as_json else _line(record))
+
+
+def admitting(config: CoordinatorConfig) -> AbstractContextManager[object]:
+    """Answer boards that ask to be enrolled meanwhile, if the settings name an authority."""
+    if config.authority is None:
+        return nullcontext()
+    from coordinator.enrolment import registrar
+
+    return registrar(config, config.authority)
 
 
 def conduct(config: CoordinatorConfig, model: Model) -> Iterator[RoundRecord]:

@@ -14,7 +14,12 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP256R1,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+    generate_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.settings import SettingsError
@@ -41,7 +46,9 @@ class Authority:
             raise SettingsError(f"{folder} holds an authority already: name another folder, or issue from this one")
         key = generate_private_key(SECP256R1())
         subject = _name(name)
-        builder = _begin(subject, subject, key).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = _begin(subject, subject, key.public_key()).add_extension(
+            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        )
         usage = _usage(key_cert_sign=True, crl_sign=True)
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         certificate = (
@@ -78,6 +85,35 @@ class Authority:
         if (self.folder / f"{name}.pem").exists():
             raise SettingsError(f"{self.folder / f'{name}.pem'} exists: move it aside to issue another one of this name")
         key = generate_private_key(SECP256R1())
+        _write(self.folder, name, self._certify(name, key.public_key(), hosts), key)
+        return self.folder / f"{name}.pem"
+
+    def certify(self, name: str, request: str) -> str:
+        """Return a client's certificate in PEM for the key of a request (PKCS 10, PEM); `keep` puts it into the folder.
+
+        The name is ours, whatever the request says. Raises ValueError unless the request is signed by its own P-256 key.
+        """
+        return self._certify(name, requested_key(request), ()).public_bytes(serialization.Encoding.PEM).decode()
+
+    def keep(self, name: str, certificate: str) -> None:
+        """Put a certificate that was made here into the folder as NAME.pem, unless it was revoked.
+
+        What stood there is another device of this name, which this one replaces: it is revoked. Raises SettingsError.
+        """
+        path, made = self.folder / f"{name}.pem", x509.load_pem_x509_certificate(certificate.encode())
+        if made.serial_number in {old.serial_number for old in self._revoked()}:
+            return
+        try:
+            if path.exists() and path.read_text() == certificate:
+                return
+            if path.exists():
+                self.revoke(name)
+            write_atomic(path, certificate.encode())
+            path.chmod(0o644)
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be written: {error}") from error
+
+    def _certify(self, name: str, key: EllipticCurvePublicKey, hosts: Sequence[str]) -> x509.Certificate:
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = (
             _begin(_name(name), self._certificate.subject, key)
@@ -88,8 +124,7 @@ class Authority:
         )
         if hosts:
             builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
-        _write(self.folder, name, builder.sign(self._key, hashes.SHA256()), key)
-        return self.folder / f"{name}.pem"
+        return builder.sign(self._key, hashes.SHA256())
 
     def revoke(self, name: str) -> Path:
         """Put the certificate NAME.pem on the list of revoked ones, and rename it NAME-SERIAL.revoked.pem: the name is free.
@@ -140,13 +175,24 @@ class Authority:
             raise SettingsError(f"{self.folder} cannot be written: {error}") from error
 
 
-def _begin(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def requested_key(request: str) -> EllipticCurvePublicKey:
+    """Return the key that a certificate request (PKCS 10, PEM) is for; raises ValueError unless that has signed it."""
+    asked = x509.load_pem_x509_csr(request.encode())
+    key = asked.public_key()
+    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1):
+        raise ValueError("a certificate is for a key on the curve P-256")  # noqa: TRY004 - what came is wrong, not a type
+    if not asked.is_signature_valid:
+        raise ValueError("the certificate request is not signed by its own key")
+    return key
+
+
+def _begin(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePublicKey) -> x509.CertificateBuilder:
     until = dt.datetime.now(dt.timezone.utc) + dt.timedelta(days=365 * YEARS)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(START)
         .not_valid_after(until)

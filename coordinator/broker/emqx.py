@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coordinator.broker.mosquitto import CONNECTIONS, PACKET, QUEUED_MESSAGES
-from protocol.envelope import COORDINATOR
+from protocol.envelope import COORDINATOR, ENROL
 from protocol.messages import CHUNK_SIZE
 from protocol.topics import ROOT, VERSION, check_name
 
@@ -72,7 +72,13 @@ ACL = """\
 %% The coordinator speaks for the federation, and hears its clients.
 {{allow, {{username, "{coordinator}"}}, publish, ["{base}/classes", "{base}/round", "{base}/release", "{base}/key"]}}.
 {{allow, {{username, "{coordinator}"}}, publish, ["{base}/blob/+/+", "{base}/to/+/+"]}}.
-{{allow, {{username, "{coordinator}"}}, subscribe, ["{base}/from/#"]}}.
+{{allow, {{username, "{coordinator}"}}, subscribe, ["{base}/from/#", "{base}/enrol/+/request"]}}.
+{{allow, {{username, "{coordinator}"}}, publish, ["{base}/enrol/+/answer"]}}.
+
+%% A board that is nobody yet asks, and is answered, and no more.
+{{allow, {{username, "{enrol}"}}, publish, ["{base}/enrol/+/request"]}}.
+{{allow, {{username, "{enrol}"}}, subscribe, ["{base}/enrol/+/answer"]}}.
+{{deny, {{username, "{enrol}"}}, all, ["#"]}}.
 
 %% A client writes below its own name, and reads the broadcasts and what is for it.
 {{allow, all, publish, ["{base}/from/${{username}}/#"]}}.
@@ -91,5 +97,5 @@ def emqx(federation: str, folder: Path, certificates: Path, server: str = "broke
     base = f"{ROOT}/{VERSION}/{federation}"
     return {
         "emqx.conf": EMQX.format(server=server, port=port, **where, **limits),
-        "acl.conf": ACL.format(federation=federation, base=base, coordinator=COORDINATOR),
+        "acl.conf": ACL.format(federation=federation, base=base, coordinator=COORDINATOR, enrol=ENROL),
     }

@@ -1,11 +1,11 @@
-"""Mosquitto's configuration that we recommend: mutual TLS, a certificate's name as the user, three access rules for all."""
+"""Mosquitto's configuration that we recommend: mutual TLS, a certificate's name as the user, a few access rules for all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from coordinator.broker.authority import CRL
-from protocol.envelope import COORDINATOR
+from protocol.envelope import COORDINATOR, ENROL
 from protocol.messages import CHUNK_SIZE
 from protocol.topics import ROOT, VERSION, check_name
 
@@ -58,6 +58,20 @@ topic write {base}/key
 topic write {base}/blob/+/+
 topic write {base}/to/+/+
 topic read {base}/from/#
+topic read {base}/enrol/+/request
+topic write {base}/enrol/+/answer
+
+# A board that is nobody yet asks, and is answered; what all may do, below, it may not.
+user {enrol}
+topic write {base}/enrol/+/request
+topic read {base}/enrol/+/answer
+topic deny {base}/classes
+topic deny {base}/round
+topic deny {base}/release
+topic deny {base}/key
+topic deny {base}/blob/#
+topic deny {base}/to/#
+topic deny {base}/from/#
 
 # A client writes below its own name, and reads the broadcasts and what is for it.
 pattern write {base}/from/%u/#
@@ -78,5 +92,5 @@ def mosquitto(federation: str, folder: Path, certificates: Path, server: str = "
     queue = {"queued_messages": QUEUED_MESSAGES, "queued_bytes": QUEUED_BYTES}
     return {
         "mosquitto.conf": MOSQUITTO.format(server=server, port=port, crl=CRL, **where, **limits, **queue),
-        "acl": ACL.format(base=f"{ROOT}/{VERSION}/{federation}", coordinator=COORDINATOR),
+        "acl": ACL.format(base=f"{ROOT}/{VERSION}/{federation}", coordinator=COORDINATOR, enrol=ENROL),
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Connection,
@@ -119,6 +120,22 @@ DEVICES = Table(
 """The devices that are known, each with its public key (protocol/trust/signing.py).
 
 Quarantined is one whose name and key two devices use at the same time (protocol/trust/instances.py).
+"""
+
+ENROLMENTS = Table(
+    "enrolments",
+    _tables,
+    Column("client", String(128), primary_key=True),
+    Column("profile", String(64)),
+    Column("proof", String(64)),
+    Column("expires", BigInteger),
+    Column("used_by", String(64)),
+    Column("certificate", Text),
+)
+"""How a device came here: its profile, and its claim (protocol/trust/claims.py), by the key that proves it.
+
+A claim holds until `expires`, seconds since 1970 by this machine's clock, or until it was used: by the board whose public
+keys have the hash `used_by`, and that got `certificate`.
 """
 
 

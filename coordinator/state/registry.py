@@ -1,13 +1,14 @@
-"""The devices that are known, at rest: the journal's table of names and keys. Also beside a coordinator at work."""
+"""The devices that are known or may come, at rest: names, keys and claims. Also beside a coordinator at work."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Row, Table, delete, func, insert, inspect, select, update
 
-from coordinator.state.journal import DEVICES, Journal
+from coordinator.state.journal import DEVICES, ENROLMENTS, UPDATES, Journal
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,19 @@ class Device:
     quarantined: bool = False
 
 
+@dataclass(frozen=True)
+class Enrolment:
+    """How a device came here, or may come: its profile if that was told, and its claim (journal.ENROLMENTS)."""
+
+    profile: str | None
+    proof: str | None = None
+    expires: int | None = None
+    used_by: str | None = None
+    certificate: str | None = None
+
+
 class Registry:
-    """The table of devices. All methods raise FederationError if it cannot be used."""
+    """The tables of devices. All methods raise FederationError if it cannot be used."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -34,24 +46,71 @@ class Registry:
             rows = connection.execute(select(*columns).order_by(DEVICES.c.client)).all()
         return {client: Device(key, revoked, quarantined) for client, key, revoked, quarantined in rows}
 
-    def add(self, client: str, key: str) -> None:
-        """Register a device; a known one gets this key, and is let in."""
+    def add(self, client: str, key: str, profile: str | None = None) -> None:
+        """Register a device; a known one gets this key, and is let in. A claim of its name is void."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
-            connection.execute(delete(DEVICES).where(DEVICES.c.client == client))
-            connection.execute(insert(DEVICES).values(client=client, key=key, revoked=False, quarantined=False))
+            _replace(connection, ENROLMENTS, client=client, profile=profile)
+            _replace(connection, DEVICES, client=client, key=key, revoked=False, quarantined=False)
 
     def revoke(self, client: str) -> bool:
-        """Cut a device off; return whether it was known."""
+        """Cut a device off, and void the claim of its name; return whether there was either."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
             done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
-        return done.rowcount > 0
+            claim = ENROLMENTS.c.client == client, ENROLMENTS.c.proof.is_not(None)
+            void = connection.execute(update(ENROLMENTS).where(*claim).values(proof=None, expires=None))
+        return done.rowcount + void.rowcount > 0
+
+    def enrolments(self) -> dict[str, Enrolment]:
+        """Return how devices came here, or may come, by name."""
+        with self._journal.reading() as connection:
+            if connection is None or not inspect(connection).has_table(ENROLMENTS.name):
+                return {}
+            rows = connection.execute(select(ENROLMENTS).order_by(ENROLMENTS.c.client)).all()
+        return {row.client: _enrolment(row) for row in rows}
+
+    def claim(self, client: str, proof: str, expires: int, profile: str | None) -> None:
+        """Let a board become this device, until a moment in seconds since 1970; an earlier claim of the name is void."""
+        self._journal.make_tables()
+        with self._journal.writing() as connection:
+            _replace(connection, ENROLMENTS, client=client, profile=profile, proof=proof, expires=expires)
+
+    def enrol(self, client: str, proof: str, keys: str, certificate: str, key: str) -> Enrolment | None:
+        """Use a claim, once: note who has it and what it got, and register the device. Return how it stands then.
+
+        None if there is no such claim any more.
+        """
+        mine = ENROLMENTS.c.client == client, ENROLMENTS.c.proof == proof
+        with self._journal.writing() as connection:
+            unused = update(ENROLMENTS).where(*mine, ENROLMENTS.c.used_by.is_(None))
+            if connection.execute(unused.values(used_by=keys, certificate=certificate)).rowcount:
+                _replace(connection, DEVICES, client=client, key=key, revoked=False, quarantined=False)
+            row = connection.execute(select(ENROLMENTS).where(*mine)).one_or_none()
+        return None if row is None else _enrolment(row)
+
+    def last_rounds(self) -> dict[str, int]:
+        """Return the last round in which an update of each device was accepted."""
+        with self._journal.reading() as connection:
+            if connection is None:
+                return {}
+            newest = select(UPDATES.c.client, func.max(UPDATES.c.number)).where(UPDATES.c.accepted)
+            return {row[0]: row[1] for row in connection.execute(newest.group_by(UPDATES.c.client))}
 
     def register(self, devices: Mapping[str, Device]) -> dict[str, Device]:
         """Register new devices, and shut out those that are to be quarantined; return them as they are known from now on."""
         with self._journal.writing() as connection:
             return {client: _register(connection, client, device) for client, device in devices.items()}
+
+
+def _enrolment(row: Row[Any]) -> Enrolment:
+    return Enrolment(row.profile, row.proof, row.expires, row.used_by, row.certificate)
+
+
+def _replace(connection: Connection, table: Table, **row: object) -> None:
+    """Put a row in the place of the one that its client may have."""
+    connection.execute(delete(table).where(table.c.client == row["client"]))
+    connection.execute(insert(table).values(**row))
 
 
 def _register(connection: Connection, client: str, device: Device) -> Device:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from protocol.doublings import worth_telling
-from protocol.envelope import COORDINATOR, Envelope, decode
+from protocol.envelope import COORDINATOR, RESERVED, Envelope, decode
 from protocol.errors import KeyFileError, Refused, WireError
 from protocol.messages import Status
 from protocol.storage.files import write_atomic
@@ -177,7 +177,8 @@ class Gate:
         if len(payload) > MAX_TOKEN:
             raise Refused("too-long", f"{len(payload)} bytes, a manifest has at most {MAX_TOKEN}")
         sender = COORDINATOR if address.direction != "from" else address.client
-        if sender is None or address.federation != self._federation or address.client == COORDINATOR:
+        unknown = address.federation != self._federation or address.direction == "enrol"
+        if sender is None or unknown or address.client in RESERVED:
             raise Refused("wrong-topic", f"nobody speaks on {address}")
         key = signer_of(payload)
         self._trust.check(sender, key)

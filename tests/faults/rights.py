@@ -6,7 +6,8 @@ from protocol.topics import Topics
 
 LAB, OTHER, SHA = Topics("lab"), Topics("other"), "ab" * 32
 DEVICES = ("jetson-1", "jetson-2")
-ROLES = ("coordinator", *DEVICES)
+ENROL, NONCE = "enrol", "0f" * 16
+ROLES = ("coordinator", *DEVICES, ENROL)
 BROADCASTS = ("classes", "round", "release", "key")
 FROM_KINDS, TO_KINDS = ("offer", "need", "status", "receipt"), ("need", "receipt", "adapter", "status")
 TOPICS = [
@@ -15,6 +16,8 @@ TOPICS = [
     *(topics.from_(device, kind) for topics in (LAB, OTHER) for device in DEVICES for kind in FROM_KINDS),
     *(topics.to(device, kind) for topics in (LAB, OTHER) for device in DEVICES for kind in TO_KINDS),
     *(topics.upload(device, SHA, 0) for topics in (LAB, OTHER) for device in DEVICES),
+    *(topics.enrolment(NONCE, kind) for topics in (LAB, OTHER) for kind in ("request", "answer")),
+    *(LAB.from_(ENROL, "status"), LAB.to(ENROL, "receipt")),
     *(
         f"clipcast/1/lab/{rest}"
         for rest in ("unknown", "from", "from/jetson-1", "to/jetson-1/a/b", "blob/x", "from/jetson-10/x")
@@ -38,6 +41,8 @@ WILDCARDS = [
     "clipcast/1/lab/from/#",
     "clipcast/1/lab/from/+/+",
     "clipcast/1/lab/from/jetson-1/#",
+    "clipcast/1/lab/enrol/#",
+    "clipcast/1/lab/enrol/+/answer",
     "clipcast/1/lab/blob/#",
     "clipcast/1/lab/blob/+/+",
     "+/+/+/+/+/+",
@@ -53,10 +58,14 @@ FILTERS = [
 
 
 def may_write(role: str, topic: str) -> bool:
-    """The coordinator all but `from`, a device below its own name; neither anything elsewhere."""
+    """The coordinator all but `from`, a device below its own name, a board without one its request; nothing elsewhere."""
     if not topic.startswith("clipcast/1/lab/"):
         return False
     rest = topic.removeprefix("clipcast/1/lab/").split("/")
+    if rest[0] == "enrol":
+        return role == {"request": ENROL, "answer": "coordinator"}[rest[2]]
+    if role == ENROL:
+        return False
     if rest[0] == "from":
         return rest[1:2] == [role]
     if role == "coordinator":
@@ -65,10 +74,14 @@ def may_write(role: str, topic: str) -> bool:
 
 
 def may_read(role: str, topic: str) -> bool:
-    """Everybody the broadcasts and what is for them, the coordinator what comes from clients."""
+    """Every device the broadcasts and what is for it, the coordinator what comes from clients, a board its answer."""
     if not topic.startswith("clipcast/1/lab/"):
         return False
     rest = topic.removeprefix("clipcast/1/lab/").split("/")
+    if rest[0] == "enrol":
+        return role == {"request": "coordinator", "answer": ENROL}[rest[2]]
+    if role == ENROL:
+        return False
     if rest[0] == "from":
         return role == "coordinator"
     broadcast = (len(rest) == 1 and rest[0] in BROADCASTS) or (rest[0] == "blob" and len(rest) == 3)

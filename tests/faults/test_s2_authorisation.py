@@ -229,7 +229,7 @@ def test_a_certificates_name_is_the_user_whatever_the_client_calls_itself(lab: L
 def test_a_rule_that_is_read_again_cuts_a_device_off_at_once(lab: Lab, tmp_path: Path) -> None:
     """`topic deny #` below `user ID` and a SIGHUP: what docs/operations.md says of the broker's side of a revocation."""
     with secured_mosquitto(tmp_path, lab.ca) as own:
-        coordinator, thief, other = (Peer(own, role, f"lab:{role}") for role in ROLES)
+        coordinator, thief, other = (Peer(own, role, f"lab:{role}") for role in ("coordinator", *DEVICES))
         assert thief.publish(LAB.from_("jetson-1", "status"), b"jetson-1", retain=True) != NOT_AUTHORISED
         rules = (tmp_path / "acl").read_text()
         (tmp_path / "acl").write_text(f"{rules}\nuser jetson-1\ntopic deny #\n")
