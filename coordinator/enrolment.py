@@ -154,6 +154,11 @@ def attend(bus: Bus, registrar: Registrar, stop: threading.Event) -> None:
     """Answer boards until stopped."""
     while not stop.is_set():
         event = bus.receive(POLL_S)
-        if event is not None:
+        if event is None:
+            continue
+        try:
             for action in registrar.handle(event):
                 bus.do(action)
+        except Exception:
+            # What one board said must not keep the others out.
+            log.exception("a request that should have been answered or refused: this is a bug in clipcast")

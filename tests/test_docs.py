@@ -41,7 +41,12 @@ def test_an_example_is_what_would_travel(text: str) -> None:
 def test_the_topics_of_the_table_are_the_topics() -> None:
     topics, sha = Topics("lab"), "ab" * 32
     filled = [
-        re.sub("FEDERATION", "lab", topic).replace("SHA256", sha).replace("ID", "jetson-1").replace("/I", "/0")
+        re.sub("FEDERATION", "lab", topic)
+        .replace("SHA256", sha)
+        .replace("ID", "jetson-1")
+        .replace("/I", "/0")
+        .replace("NONCE", sha[:32])
+        .replace("REQUEST", "request")
         for topic in re.findall(r"\| `(clipcast/1/[^`]+)` \|", WIRE)
     ]
     assert [topic.replace("KIND", "need") for topic in filled] == [
@@ -52,6 +57,7 @@ def test_the_topics_of_the_table_are_the_topics() -> None:
         topics.to("jetson-1", "need"),
         topics.from_("jetson-1", "need"),
         topics.upload("jetson-1", sha, 0),
+        topics.enrolment(sha[:32], "request"),
     ]
     assert all(parse(topic.replace("KIND", "need")).federation == "lab" for topic in filled)
     assert COORDINATOR in WIRE

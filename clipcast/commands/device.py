@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +28,9 @@ HOURS = 72.0
 def list_all(settings: Settings = SETTINGS) -> None:
     """Show the known devices: id, key, and whether it was revoked, or is quarantined because two devices used its name.
 
-    Who has a claim and has not used it has no key yet. Example: `clipcast device list --coordinator coordinator.toml`
+    Who has a claim and has not used it has no key yet.
+
+    Example: `clipcast device list --coordinator coordinator.toml`
     """
     registry, _ = _open(settings)
     devices, enrolments = registry.devices(), registry.enrolments()
@@ -100,15 +104,16 @@ def admit(settings: Settings = SETTINGS, *, ca: Authority = None) -> None:
 
     Example: `clipcast device admit --coordinator coordinator.toml --ca ca`
     """
-    import signal
-
     from coordinator.config import load
     from coordinator.enrolment import registrar
 
     config = load(settings)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     with registrar(config, _authority(config, ca)):
         typer.echo(f"boards with a claim of {config.federation} are enrolled. Ctrl-C ends it", err=True)
-        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        stop.wait()
 
 
 @app.command()

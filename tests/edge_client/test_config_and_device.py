@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,14 @@ def test_the_template_loads_and_leaves_everything_else_to_the_defaults(write):
 
 
 def test_the_commented_lines_of_the_template_are_settings_that_load(write):
-    lines = [line.removeprefix("# ") if line.startswith("# ") and " = " in line else line for line in filled().splitlines()]
+    uncommented = re.compile(r"^# (?=.* = |\[)")
+    lines = [uncommented.sub("", line) for line in filled().splitlines()]
     text = "\n".join(line for line in lines if not line.startswith("ca_file"))
     loaded = load(write(text))
     assert (loaded.profile, loaded.bits, loaded.batch_size, loaded.threads) == ("generic-cpu", 4, 16, 2)
     assert (loaded.device, loaded.model, loaded.broker.username) == ("cuda", "/opt/models/clip", "ann")
+    assert loaded.enrolment is not None
+    assert loaded.enrolment.token_file.name == "claim.token"
 
 
 def test_pictures_are_relative_to_the_file_and_digits_are_no_folder(write, tmp_path):
