@@ -78,7 +78,7 @@ class Registrar:
 
     def _answer(self, token: bytes, nonce: str) -> bytes:
         name = claimed_id(token)
-        enrolment = self._registry.enrolments().get(name)
+        enrolment = self._registry.enrolment(name)
         if enrolment is None or enrolment.proof is None:
             raise Refused("unknown-claim", f"there is no claim of {name}: `clipcast device add {name}` makes one")
         request = unseal(token, enrolment.proof, EnrolRequest, self.topics.federation, nonce)
