@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -133,11 +134,12 @@ def _keys(request: EnrolRequest) -> str:
 def registrar(config: CoordinatorConfig, folder: Path) -> Iterator[MqttBus]:
     """Answer boards meanwhile, in a thread, with the authority in `folder`; give its connection.
 
-    Raises SettingsError, KeyFileError, BusError.
+    Others may do so at the same time: whoever writes first counts, and all give the same answer. Raises SettingsError,
+    KeyFileError, BusError.
     """
     authority, journal = Authority.open(folder), Journal(config.state, config.journal)
     made = Registrar(config.federation, authority, Registry(journal), Signer.open(config.state).public)
-    bus, stop = MqttBus.open(config.broker, f"{config.federation}:registrar"), threading.Event()
+    bus, stop = MqttBus.open(config.broker, f"{config.federation}:registrar:{secrets.token_hex(4)}"), threading.Event()
     thread = threading.Thread(target=attend, args=(bus, made, stop), name="registrar", daemon=True)
     thread.start()
     try:
