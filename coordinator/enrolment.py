@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -78,7 +79,7 @@ class Registrar:
 
     def _answer(self, token: bytes, nonce: str) -> bytes:
         name = claimed_id(token)
-        enrolment = self._registry.enrolments().get(name)
+        enrolment = self._registry.enrolment(name)
         if enrolment is None or enrolment.proof is None:
             raise Refused("unknown-claim", f"there is no claim of {name}: `clipcast device add {name}` makes one")
         request = unseal(token, enrolment.proof, EnrolRequest, self.topics.federation, nonce)
@@ -133,11 +134,12 @@ def _keys(request: EnrolRequest) -> str:
 def registrar(config: CoordinatorConfig, folder: Path) -> Iterator[MqttBus]:
     """Answer boards meanwhile, in a thread, with the authority in `folder`; give its connection.
 
-    Raises SettingsError, KeyFileError, BusError.
+    Others may do so at the same time: whoever writes first counts, and all give the same answer. Raises SettingsError,
+    KeyFileError, BusError.
     """
     authority, journal = Authority.open(folder), Journal(config.state, config.journal)
     made = Registrar(config.federation, authority, Registry(journal), Signer.open(config.state).public)
-    bus, stop = MqttBus.open(config.broker, f"{config.federation}:registrar"), threading.Event()
+    bus, stop = MqttBus.open(config.broker, f"{config.federation}:registrar:{secrets.token_hex(4)}"), threading.Event()
     thread = threading.Thread(target=attend, args=(bus, made, stop), name="registrar", daemon=True)
     thread.start()
     try:

@@ -142,6 +142,15 @@ def test_a_second_claim_replaces_the_board_and_takes_the_first_ones_certificate_
     assert office.registry.devices()["jetson-1"].key == Signer.open(tmp_path / "new").public
 
 
+def test_what_a_device_is_stays_known_when_it_gets_another_key(office: Office) -> None:
+    office.registry.claim("jetson-1", Claim.make("jetson-1").proof, int(NOW), "raspberry-pi-5")
+    office.registry.add("jetson-1", KEY)
+    office.claim("jetson-1")
+    enrolment = office.registry.enrolment("jetson-1")
+    assert enrolment is not None
+    assert enrolment.profile == "raspberry-pi-5"
+
+
 def test_a_certificate_that_was_taken_back_does_not_stand_up_again(office: Office, tmp_path: Path) -> None:
     claim = office.claim("jetson-1")
     office.enrol(Newcomer("lab", claim, tmp_path / "board"))

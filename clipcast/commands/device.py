@@ -46,7 +46,7 @@ def show(name: Name, settings: Settings = SETTINGS) -> None:
     Example: `clipcast device show jetson-1`
     """
     registry, _ = _open(settings)
-    device, enrolment = registry.devices().get(name), registry.enrolments().get(name)
+    device, enrolment = registry.devices().get(name), registry.enrolment(name)
     if device is None and (enrolment is None or enrolment.proof is None):
         raise _unknown(name)
     lines = {

@@ -50,7 +50,7 @@ class Registry:
         """Register a device; a known one gets this key, and is let in. A claim of its name is void."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
-            _replace(connection, ENROLMENTS, client=client, profile=profile)
+            _replace(connection, ENROLMENTS, client=client, profile=_profile(connection, client, profile))
             _replace(connection, DEVICES, client=client, key=key, revoked=False, quarantined=False)
 
     def revoke(self, client: str) -> bool:
@@ -70,10 +70,19 @@ class Registry:
             rows = connection.execute(select(ENROLMENTS).order_by(ENROLMENTS.c.client)).all()
         return {row.client: _enrolment(row) for row in rows}
 
+    def enrolment(self, client: str) -> Enrolment | None:
+        """Return how a device came here, or may come."""
+        with self._journal.reading() as connection:
+            if connection is None or not inspect(connection).has_table(ENROLMENTS.name):
+                return None
+            row = connection.execute(select(ENROLMENTS).where(ENROLMENTS.c.client == client)).one_or_none()
+        return None if row is None else _enrolment(row)
+
     def claim(self, client: str, proof: str, expires: int, profile: str | None) -> None:
         """Let a board become this device, until a moment in seconds since 1970; an earlier claim of the name is void."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
+            profile = _profile(connection, client, profile)
             _replace(connection, ENROLMENTS, client=client, profile=profile, proof=proof, expires=expires)
 
     def enrol(self, client: str, proof: str, keys: str, certificate: str, key: str) -> Enrolment | None:
@@ -101,6 +110,11 @@ class Registry:
         """Register new devices, and shut out those that are to be quarantined; return them as they are known from now on."""
         with self._journal.writing() as connection:
             return {client: _register(connection, client, device) for client, device in devices.items()}
+
+
+def _profile(connection: Connection, client: str, told: str | None) -> str | None:
+    """Return a device's profile: what is told now, else what was told before."""
+    return told or connection.scalar(select(ENROLMENTS.c.profile).where(ENROLMENTS.c.client == client))
 
 
 def _enrolment(row: Row[Any]) -> Enrolment:
