@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from provisioning.errors import ProvisioningError
+from provisioning.site import Site
 
 PACKAGE = "clipcast-client"
 ETC, STATE = "/etc/clipcast", "/var/lib/clipcast"
+AS_CLIPCAST = f"setpriv --reuid=clipcast --regid=clipcast --init-groups env HOME={STATE}"
 NOTE = "/var/lib/clipcast-package.sha256"  # which file it was: the same version may be built again
-TOKEN = f"{ETC}/claim.token"
+TOKEN, TOKEN_MODE = f"{ETC}/claim.token", (0o640, "root:clipcast")
 MACHINES = ("aarch64", "x86_64")
 
 # Prints `KEY VALUE` lines: nothing here needs more than a shell.
 LOOK = f"""\
 echo "machine $(uname -m)"
+echo "hostname $(uname -n)"
 echo "dpkg $(command -v dpkg || true)"
 echo "python $(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)"
 echo "free $(df -Pk /opt / 2>/dev/null | awk 'NR==2 {{print $4}}' || true)"
@@ -54,6 +57,7 @@ class Found:
     """What is on a board: `enrolled` is the id it has, `package` the SHA-256 of the package that was installed."""
 
     machine: str
+    hostname: str
     python: str
     dpkg: bool
     free_mib: int
@@ -74,6 +78,7 @@ class Found:
             name = json.loads(said["enrolled"])["id"] if said["enrolled"] else None
             return cls(
                 machine=said["machine"],
+                hostname=said["hostname"],
                 python=said["python"],
                 dpkg=bool(said["dpkg"]),
                 free_mib=int(said["free"] or 0) // 1024,
@@ -96,6 +101,16 @@ class Found:
         if version < (3, 10):
             told = f"Python {self.python}" if self.python else "no python3"
             raise ProvisioningError(f"the board has {told}, clipcast needs 3.10 or newer: JetPack 6 or newer, or Ubuntu 22.04")
+
+
+def files_of(site: Site) -> list[Wanted]:
+    """Return what a lab gives this board, as it lies there once the package has made its user: keys are readable to that."""
+    return [
+        Wanted(f"/{file.path}", file.data, 0o640, "root:clipcast")
+        if file.mode & 0o077 == 0
+        else Wanted(f"/{file.path}", file.data, file.mode)
+        for file in site.files()
+    ]
 
 
 Kind = Literal["package", "file", "enrol", "start"]
@@ -148,19 +163,19 @@ fi
 sha256sum "$file" | cut -c1-64 > {NOTE}
 """
 ENROL = f"""\
+set -e
 if [ -d /run/systemd/system ]; then systemctl start clipcast-enrol.service; else
-    chown root:clipcast {TOKEN} {ETC}/enrol.key; chmod 640 {TOKEN} {ETC}/enrol.key
     install -d -o clipcast -g clipcast -m 700 {STATE}
-    runuser -u clipcast -- clipcast client enrol {ETC}/client.toml
+    {AS_CLIPCAST} clipcast client enrol {ETC}/client.toml
+    rm -f {TOKEN}
 fi
-test -f {STATE}/enrolled && rm -f {TOKEN}
 """
 START = """\
 if [ -d /run/systemd/system ]; then systemctl restart clipcast-client.service; else
     echo "no systemd is running: start the client with \\`clipcast client run /etc/clipcast/client.toml\\`"
 fi
 """
-DOCTOR = f"runuser -u clipcast -- clipcast doctor {ETC}/client.toml"
+DOCTOR = f"cd {STATE} && {AS_CLIPCAST} clipcast doctor {ETC}/client.toml"
 UNINSTALL = f"""\
 set -e
 if dpkg-query -W {PACKAGE} > /dev/null 2>&1; then dpkg --purge {PACKAGE}; fi

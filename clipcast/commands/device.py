@@ -32,7 +32,7 @@ def list_all(settings: Settings = SETTINGS) -> None:
 
     Example: `clipcast device list --coordinator coordinator.toml`
     """
-    registry, _ = _open(settings)
+    registry, _ = open_registry(settings)
     devices, enrolments = registry.devices(), registry.enrolments()
     for name in sorted(devices.keys() | {name for name, one in enrolments.items() if one.proof is not None}):
         device, enrolment = devices.get(name), enrolments.get(name)
@@ -45,7 +45,7 @@ def show(name: Name, settings: Settings = SETTINGS) -> None:
 
     Example: `clipcast device show jetson-1`
     """
-    registry, _ = _open(settings)
+    registry, _ = open_registry(settings)
     device, enrolment = registry.devices().get(name), registry.enrolment(name)
     if device is None and (enrolment is None or enrolment.proof is None):
         raise _unknown(name)
@@ -79,13 +79,10 @@ def add(
     Example: `clipcast device add jetson-1 --profile jetson-orin-nano-8gb`, `clipcast device add jetson-1 KEY`,
     `clipcast device add jetson-1 --offline jetson-1-identity --ca ca`
     """
-    from protocol.envelope import RESERVED
     from protocol.settings import SettingsError
-    from protocol.topics import check_name
 
-    registry, config = _open(settings)
-    if check_name(name, "device") in RESERVED:
-        raise SettingsError(f"{name!r} is no device's name: give it another")
+    registry, config = open_registry(settings)
+    check_device_name(name)
     if key and offline is not None:
         raise SettingsError("--offline makes a key: leave out either KEY or --offline")
     if profile:
@@ -111,7 +108,7 @@ def admit(settings: Settings = SETTINGS, *, ca: Authority = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with registrar(config, _authority(config, ca)):
+    with registrar(config, authority_of(config, ca)):
         typer.echo(f"boards with a claim of {config.federation} are enrolled. Ctrl-C ends it", err=True)
         stop.wait()
 
@@ -122,13 +119,24 @@ def revoke(name: Name, settings: Settings = SETTINGS) -> None:
 
     Example: `clipcast device revoke jetson-1`
     """
-    registry, _ = _open(settings)
+    registry, _ = open_registry(settings)
     if not registry.revoke(name):
         raise _unknown(name)
     typer.echo(f"{name} is cut off. `clipcast ca revoke {name}` takes its certificate back, if it has one")
 
 
-def _open(settings: Path) -> tuple[Registry, CoordinatorConfig]:
+def check_device_name(name: str) -> None:
+    """Raise WireError or SettingsError for what cannot be a device's name."""
+    from protocol.envelope import RESERVED
+    from protocol.settings import SettingsError
+    from protocol.topics import check_name
+
+    if check_name(name, "device") in RESERVED:
+        raise SettingsError(f"{name!r} is no device's name: give it another")
+
+
+def open_registry(settings: Path) -> tuple[Registry, CoordinatorConfig]:
+    """Return the devices of the coordinator with these settings, and the settings."""
     from coordinator.config import load
     from coordinator.state.store import Store
 
@@ -142,7 +150,8 @@ def _unknown(name: str) -> Exception:
     return SettingsError(f"no device {name!r} is known: `clipcast device list` shows them")
 
 
-def _authority(config: CoordinatorConfig, ca: Path | None) -> Path:
+def authority_of(config: CoordinatorConfig, ca: Path | None) -> Path:
+    """Return the authority's folder: `ca`, else what the settings name; raises SettingsError."""
     from protocol.settings import SettingsError
 
     folder = ca or config.authority
@@ -194,7 +203,7 @@ def _make_identity(
     from coordinator.identity import write_identity
     from protocol.trust.signing import Signer
 
-    issuer = Issuer.open(_authority(config, ca))
+    issuer = Issuer.open(authority_of(config, ca))
     key = write_identity(folder, name, issuer, Signer.open(config.state).public)
     registry.add(name, key, profile)
     typer.echo(

@@ -1,0 +1,125 @@
+"""`clipcast device provision`: an already flashed board, over ssh."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clipcast.exit_codes import WARNINGS
+
+if TYPE_CHECKING:
+    from coordinator.config import CoordinatorConfig
+    from provisioning.provision import Found, Step
+    from provisioning.remote import Remote
+
+HOURS = 1.0
+
+
+def provision(
+    host: Annotated[str, typer.Argument(metavar="USER@HOST", help="As ssh knows it; as root, or with sudo.")],
+    *,
+    package: Annotated[Path, typer.Option(help="What `clipcast device package` made.")] = Path("clipcast-client.deb"),
+    coordinator: Annotated[Path, typer.Option(help="The coordinator's settings file.")] = Path("coordinator.toml"),
+    ca: Annotated[Path | None, typer.Option(help="The authority's folder, else `authority` in the settings.")] = None,
+    name: Annotated[str, typer.Option("--id", help="The device's id, else its host name.")] = "",
+    profile: Annotated[str, typer.Option(help="Its kind, for `device show`.")] = "",
+    broker: Annotated[str, typer.Option(help="The broker as boards reach it, if other than in the settings.")] = "",
+    data: Annotated[str, typer.Option(help="The folder of pictures on the board.")] = "",
+    ssh: Annotated[list[str] | None, typer.Option("--ssh", help="An option for ssh, e.g. --ssh=-p --ssh=2222.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Say what would be done, and do nothing.")] = False,
+    uninstall: Annotated[bool, typer.Option("--uninstall", help="Remove all of clipcast, its keys included.")] = False,
+) -> None:
+    """Make a flashed board a device: install the package, give it its settings, enrol it, run the doctor there.
+
+    A second run changes nothing, and says so. --check ends with 14 if there is something to do. It ends with the doctor's code.
+
+    Example: `clipcast device provision ubuntu@192.168.1.7 --id jetson-1 --package clipcast-client_0.1.0_all.deb --ca ca`
+    """
+    from provisioning.provision import DOCTOR, LOOK, UNINSTALL, Found
+    from provisioning.remote import Remote
+
+    with Remote.open(host, ssh or ()) as board:
+        if uninstall:
+            board.run(UNINSTALL)
+            typer.echo("nothing of clipcast is left there. `clipcast device revoke ID` and `clipcast ca revoke ID` end its rights")
+            return
+        found = Found.read(board.run(LOOK))
+        name = name or found.enrolled or found.hostname
+        todo = _steps(found, name, package, coordinator, ca, broker, data)
+        for step in todo:
+            typer.echo(f"{'would' if check else 'to do'}: {step.why}")
+        if check and todo:
+            raise typer.Exit(WARNINGS)
+        if not todo:
+            typer.echo(f"{host} is {name}, and as it should be: nothing to do")
+        if check:
+            return
+        for step in todo:
+            _do(step, board, name, package, coordinator, ca, profile)
+        raise typer.Exit(board.code(DOCTOR))
+
+
+def _steps(
+    found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, broker: str, data: str
+) -> list[Step]:
+    from clipcast.commands.device import authority_of, check_device_name, open_registry
+    from protocol.trust.signing import Signer
+    from provisioning.errors import ProvisioningError
+    from provisioning.provision import files_of, steps
+    from provisioning.site import PICTURES, Site
+
+    check_device_name(name)
+    registry, config = open_registry(coordinator)
+    known = registry.devices().get(name)
+    if found.enrolled is None and known is not None and not known.revoked:
+        raise ProvisioningError(
+            f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke {name}` "
+            f"first, and this one takes its place"
+        )
+    key = Signer.open(config.state).public
+    files = files_of(Site.read(coordinator, authority_of(config, ca), key, broker=broker, data=data or PICTURES))
+    return steps(found, name, hashlib.sha256(_package(package)).hexdigest(), files)
+
+
+def _do(
+    step: Step, board: Remote, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str
+) -> None:
+    from provisioning.provision import INSTALL, START
+
+    typer.echo(f"{step.why} ...")
+    if step.kind == "package":
+        board.run(INSTALL, _package(package))
+    elif step.file is not None:
+        board.put(step.file.data, step.file.path, step.file.mode, step.file.owner)
+    elif step.kind == "enrol":
+        _enrol(board, name, coordinator, ca, profile)
+    else:
+        typer.echo(board.run(START).strip() or "started")
+
+
+def _enrol(board: Remote, name: str, coordinator: Path, ca: Path | None, profile: str) -> None:
+    """Make a claim that holds for an hour, and answer the board here: no coordinator has to run."""
+    from clipcast.commands.device import authority_of, open_registry
+    from coordinator.enrolment import registrar
+    from protocol.trust.claims import Claim
+    from provisioning.provision import ENROL, TOKEN, TOKEN_MODE
+
+    registry, config = open_registry(coordinator)
+    claim = Claim.make(name)
+    registry.claim(name, claim.proof, int(time.time() + 3600 * HOURS), profile or None)
+    board.put(f"{claim}\n".encode(), TOKEN, *TOKEN_MODE)
+    with registrar(config, authority_of(config, ca)):
+        board.run(ENROL)
+
+
+def _package(path: Path) -> bytes:
+    from provisioning.errors import ProvisioningError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ProvisioningError(f"no package at {path} ({error.strerror}): `clipcast device package` makes one") from error
