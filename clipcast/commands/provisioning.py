@@ -80,8 +80,8 @@ def _steps(
             f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke {name}` "
             f"first, and this one takes its place"
         )
-    key = Signer.open(config.state).public
-    files = files_of(Site.read(coordinator, authority_of(config, ca), key, broker=broker, data=data or PICTURES))
+    Signer.open(config.state)  # the first time it makes the coordinator's key, which the board is given
+    files = files_of(Site.read(coordinator, authority_of(config, ca), broker or None, data or PICTURES))
     return steps(found, name, hashlib.sha256(_package(package)).hexdigest(), files)
 
 

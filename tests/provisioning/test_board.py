@@ -1,0 +1,172 @@
+"""A board without a board: from an empty Debian to a device that is enrolled, examined and answers a picture; and back.
+
+The system is a folder with this machine's processor, or (`make test-device`) arm64 under emulation; ssh, sshd, broker, package,
+wheels and onnxruntime are real.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from clipcast.cli import app
+from clipcast.exit_codes import UNFIT, WARNINGS
+from coordinator.broker.authority import Authority
+from tests.faults.lab import Lab, secured_mosquitto
+from tests.provisioning.system import System, mounted, require, sshd, unpack
+
+HOST = "labserver"
+Clipcast = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def arch(pytestconfig: pytest.Config) -> str:
+    return "arm64" if pytestconfig.getoption("--device") else "amd64"
+
+
+@pytest.fixture(scope="module")
+def system(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    require(arch)
+    folder = Path("/var/lib") / f"clipcast-test-{tmp_path_factory.mktemp('board').parent.name}"  # sshd wants root's folders above
+    folder.mkdir(mode=0o755)
+    try:
+        unpack(folder / "root", arch)
+        (folder / "root" / "etc" / "hosts").write_text(f"127.0.0.1 localhost {HOST}\n")
+        with mounted(folder / "root"), sshd(folder, folder / "root") as config:
+            yield System(folder / "root", config)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("lab")
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def lab(home: Path) -> Iterator[Lab]:
+    authority = Authority.create(home / "ca", "lab")
+    authority.issue("broker", [HOST, "127.0.0.1"])
+    for name in ("coordinator", "enrol"):
+        authority.issue(name)
+    with secured_mosquitto(home / "broker", home / "ca") as running:
+        assert clipcast("coordinator", "init", "--classes", "cat,dog", "--broker", running.url)[0] == 0
+        with Path("coordinator.toml").open("a") as settings:
+            settings.write('ca_file = "ca/ca.pem"\ncert_file = "ca/coordinator.pem"\nkey_file = "ca/coordinator.key"\n')
+        yield running
+
+
+@pytest.fixture(scope="module")
+def package(arch: str, home: Path) -> Path:
+    machine = {"arm64": "aarch64", "amd64": "x86_64"}[arch]
+    wanted = ("--platform", "linux", "--python", "3.11", "--machine", machine, "--for", "infer")
+    assert clipcast("device", "wheelhouse", "wheels", *wanted)[0] == 0
+    assert clipcast("device", "package", "--out", "dist", "--wheelhouse", "wheels", "--for", "infer")[0] == 0
+    (made,) = (home / "dist").glob("clipcast-client_*_all.deb")
+    return made
+
+
+def clipcast(*arguments: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+@pytest.fixture(scope="module")
+def provision(system: System, lab: Lab, package: Path) -> Clipcast:
+    ours = ("--package", package, "--ca", "ca", "--id", "jetson-1", "--broker", lab.url.replace("127.0.0.1", HOST))
+    over = ("--ssh=-F", f"--ssh={system.config}")
+
+    def run(*options: str) -> tuple[int, str]:
+        return clipcast("device", "provision", "board", *ours, *over, *options)
+
+    return run
+
+
+def test_a_bare_board_becomes_a_device_that_answers(
+    system: System, provision: Clipcast, exported: Path, digits: list[Image.Image]
+) -> None:
+    code, told = provision("--check")
+    assert code == WARNINGS
+    assert "would: the package is not there" in told
+    assert "would: it is nobody yet" in told
+    assert clipcast("device", "list") == (0, "")
+    assert not (system.root / "etc" / "clipcast").exists()
+
+    code, told = provision()
+    assert code in (0, WARNINGS), told
+    assert "it is nobody yet: let it ask for the certificate of jetson-1" in told
+    assert json.loads((system.root / "var/lib/clipcast/enrolled").read_text()) == {"id": "jetson-1"}
+    assert not (system.root / "etc/clipcast/claim.token").exists()
+    assert clipcast("device", "list")[1].endswith(" active\n")
+
+    shutil.copy(exported, system.root / "var/lib/clipcast/model.onnx")
+    digits[0].save(system.root / "var/lib/clipcast/picture.png")
+    answered = system.run("clipcast infer /var/lib/clipcast/model.onnx /var/lib/clipcast/picture.png --top 1")
+    assert answered.returncode == 0, answered.stderr
+    assert "picture.png" in answered.stdout
+    found = system.run("/opt/clipcast/venv/bin/python -c 'import platform, onnxruntime; print(platform.machine())'")
+    assert found.stdout.strip() == {"arm64": "aarch64"}.get(system.config.parent.parent.name, found.stdout.strip())
+
+
+def test_a_second_run_changes_nothing_and_says_so(system: System, provision: Clipcast) -> None:
+    def state() -> dict[str, int]:
+        folders = (system.root / "etc/clipcast", system.root / "opt/clipcast", system.root / "usr/lib/clipcast")
+        return {str(path): path.lstat().st_mtime_ns for folder in folders for path in folder.rglob("*") if ".pyc" not in path.name}
+
+    before = state()
+    code, told = provision("--check")
+    assert (code, "board is jetson-1, and as it should be: nothing to do" in told) == (0, True)
+    code, told = provision()
+    assert code in (0, WARNINGS)
+    assert "nothing to do" in told
+    assert {path: at for path, at in state().items() if before.get(path) != at} == {}
+
+
+def test_what_was_changed_there_is_put_right_and_nothing_else(system: System, provision: Clipcast) -> None:
+    settings = system.root / "etc/clipcast/client.toml"
+    wanted = settings.read_text()
+    settings.write_text(wanted + "bits = 8\n")
+    code, told = provision()
+    assert code in (0, WARNINGS)
+    assert [line for line in told.splitlines() if line.startswith("to do")] == [
+        "to do: /etc/clipcast/client.toml differs: write it",
+        "to do: start the client",
+    ]
+    assert settings.read_text() == wanted
+
+
+def test_the_board_does_not_become_another_one(system: System, provision: Clipcast) -> None:
+    with pytest.raises(Exception, match="this board is jetson-1 already, not jetson-2"):
+        provision("--id", "jetson-2")
+
+
+def test_a_doctor_that_finds_the_broker_away_says_so_in_its_code(system: System, provision: Clipcast, lab: Lab) -> None:
+    settings = system.root / "etc/clipcast/client.toml"
+    wanted = settings.read_text()
+    settings.write_text(wanted.replace(HOST, "nowhere.invalid"))
+    found = system.run("cd /var/lib/clipcast && clipcast doctor /etc/clipcast/client.toml")
+    settings.write_text(wanted)
+    assert found.returncode == UNFIT
+    assert "nowhere.invalid" in found.stdout
+
+
+def test_nothing_is_left_after_an_uninstall(system: System, provision: Clipcast) -> None:
+    code, told = provision("--uninstall")
+    assert code == 0
+    assert "clipcast device revoke" in told
+    for path in ("etc/clipcast", "var/lib/clipcast", "opt/clipcast", "usr/lib/clipcast", "usr/bin/clipcast"):
+        assert not (system.root / path).exists(), path
+    assert system.run("dpkg-query -W clipcast-client").returncode != 0
+    with pytest.raises(Exception, match="jetson-1 is another board, unless this one was set up anew"):
+        provision("--check")
