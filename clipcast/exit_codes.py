@@ -16,7 +16,7 @@ SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, 
     12,
     13,
 )
-WARNINGS, UNFIT = 14, 15
+WARNINGS, UNFIT, PROVISION = 14, 15, 16
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
@@ -38,6 +38,7 @@ CODES = {
     "edge_client.errors.InferenceError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,
     "hardware_profiles.facts.ProfileError": PROFILE,
+    "provisioning.package.errors.PackageError": PROVISION,
 }
 
 
