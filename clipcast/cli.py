@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from clipcast import __version__
-from clipcast.commands import broker, ca, client, coordinator, demo, device, doctor, export, infer, plan, profiles, simulate
+from clipcast.commands import (
+    broker,
+    ca,
+    client,
+    coordinator,
+    demo,
+    device,
+    doctor,
+    export,
+    infer,
+    packaging,
+    plan,
+    profiles,
+    provisioning,
+    simulate,
+)
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
 
 app = typer.Typer(
@@ -22,6 +37,9 @@ app = typer.Typer(
 )
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(client.app, name="client")
+device.app.command("package")(packaging.package)
+device.app.command("provision")(provisioning.provision)
+device.app.command("wheelhouse")(packaging.wheelhouse)
 app.add_typer(device.app, name="device")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")

@@ -16,7 +16,7 @@ SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, 
     12,
     13,
 )
-WARNINGS, UNFIT, NOT_ENROLLED = 14, 15, 16
+WARNINGS, UNFIT, NOT_ENROLLED, PROVISION = 14, 15, 16, 17
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
@@ -33,12 +33,14 @@ CODES = {
     "edge_client.errors.ShutOutError": SHUT_OUT,
     "edge_client.errors.LedgerError": SETTINGS,
     "edge_client.errors.EnrolmentError": NOT_ENROLLED,
+    "provisioning.errors.ProvisioningError": PROVISION,
     "coordinator.errors.FederationError": FEDERATION,
     "coordinator.errors.NotKeptError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,
     "hardware_profiles.facts.ProfileError": PROFILE,
+    "provisioning.package.errors.PackageError": PROVISION,
 }
 
 

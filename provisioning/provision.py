@@ -100,7 +100,9 @@ class Found:
         version = tuple(int(part) for part in self.python.split(".")) if self.python else ()
         if version < (3, 10):
             told = f"Python {self.python}" if self.python else "no python3"
-            raise ProvisioningError(f"the board has {told}, clipcast needs 3.10 or newer: JetPack 6 or newer, or Ubuntu 22.04")
+            raise ProvisioningError(
+                f"the board has {told}, clipcast needs 3.10 or newer: JetPack 6 or newer, or Ubuntu 22.04"
+            )
 
 
 def files_of(site: Site) -> list[Wanted]:
@@ -141,7 +143,9 @@ def steps(found: Found, name: str, package: str, files: Iterable[Wanted]) -> lis
         todo.append(Step("package", f"the package is {what}: install it"))
     for file in files:
         if found.files.get(file.path) != file.seen_as:
-            todo.append(Step("file", f"{file.path} {'differs' if file.path in found.files else 'is not there'}: write it", file))
+            todo.append(
+                Step("file", f"{file.path} {'differs' if file.path in found.files else 'is not there'}: write it", file)
+            )
     if found.enrolled is None:
         todo.append(Step("enrol", f"it is nobody yet: let it ask for the certificate of {name}"))
     if todo:

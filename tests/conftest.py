@@ -24,6 +24,9 @@ from tests.faults.proxy import FaultProxy
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the full tier of tests/faults, as `make test-faults` runs it")
+    parser.addoption(
+        "--device", action="store_true", help="a whole arm64 system under emulation, as `make test-device` runs it"
+    )
 
 
 def wait_until(condition: Callable[[], bool], deadline_s: float = 20.0, what: str = "the condition") -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"protocol", "clip_lora", "coordinator", "edge_client", "export", "hardware_profiles", "clipcast"}
+OURS = {"protocol", "clip_lora", "coordinator", "edge_client", "export", "hardware_profiles", "provisioning", "clipcast"}
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 
 MAY_IMPORT = {
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "coordinator": {"protocol", "clip_lora"},
     "edge_client": {"protocol", "clip_lora", "hardware_profiles"},
     "export": {"protocol", "clip_lora", "hardware_profiles"},
+    "provisioning": {"protocol", "hardware_profiles"},
     "clipcast": OURS,
 }
 MUST_NOT_IMPORT = {
@@ -29,6 +30,7 @@ MUST_NOT_IMPORT = {
     "coordinator": {"onnxruntime", "paho"},
     "edge_client": {"paho"},
     "export": {"paho"},
+    "provisioning": TORCH | {"paho"},
     "clipcast": {"paho"},
 }
 

@@ -12,7 +12,6 @@ import typer
 from clipcast.exit_codes import WARNINGS
 
 if TYPE_CHECKING:
-    from coordinator.config import CoordinatorConfig
     from provisioning.provision import Found, Step
     from provisioning.remote import Remote
 
@@ -45,7 +44,9 @@ def provision(
     with Remote.open(host, ssh or ()) as board:
         if uninstall:
             board.run(UNINSTALL)
-            typer.echo("nothing of clipcast is left there. `clipcast device revoke ID` and `clipcast ca revoke ID` end its rights")
+            typer.echo(
+                "nothing of clipcast is left there. `clipcast device revoke ID` and `clipcast ca revoke ID` end its rights"
+            )
             return
         found = Found.read(board.run(LOOK))
         name = name or found.enrolled or found.hostname
@@ -63,9 +64,7 @@ def provision(
         raise typer.Exit(board.code(DOCTOR))
 
 
-def _steps(
-    found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, broker: str, data: str
-) -> list[Step]:
+def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, broker: str, data: str) -> list[Step]:
     from clipcast.commands.device import authority_of, check_device_name, open_registry
     from protocol.trust.signing import Signer
     from provisioning.errors import ProvisioningError
@@ -85,9 +84,7 @@ def _steps(
     return steps(found, name, hashlib.sha256(_package(package)).hexdigest(), files)
 
 
-def _do(
-    step: Step, board: Remote, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str
-) -> None:
+def _do(step: Step, board: Remote, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str) -> None:
     from provisioning.provision import INSTALL, START
 
     typer.echo(f"{step.why} ...")

@@ -15,13 +15,20 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from clip_lora.shapes import adapter_shapes, initial_adapter
+from clip_lora.towers import load_sizes
 from clipcast.cli import app
 from clipcast.exit_codes import UNFIT, WARNINGS
 from coordinator.broker.authority import Authority
+from coordinator.text_bank import make_bank
+from export.artefact import Source, export_artefact
+from protocol.messages import Recipe
 from tests.faults.lab import Lab, secured_mosquitto
 from tests.provisioning.system import System, mounted, require, sshd, unpack
 
 HOST = "labserver"
+MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
+PICTURE = Image.linear_gradient("L").convert("RGB")
 Clipcast = Callable[..., tuple[int, str]]
 
 
@@ -33,7 +40,9 @@ def arch(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="module")
 def system(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     require(arch)
-    folder = Path("/var/lib") / f"clipcast-test-{tmp_path_factory.mktemp('board').parent.name}"  # sshd wants root's folders above
+    folder = (
+        Path("/var/lib") / f"clipcast-test-{tmp_path_factory.mktemp('board').parent.name}"
+    )  # sshd wants root's folders above
     folder.mkdir(mode=0o755)
     try:
         unpack(folder / "root", arch)
@@ -67,12 +76,21 @@ def lab(home: Path) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def package(arch: str, home: Path) -> Path:
-    machine = {"arm64": "aarch64", "amd64": "x86_64"}[arch]
-    wanted = ("--platform", "linux", "--python", "3.11", "--machine", machine, "--for", "infer")
+    wanted = ("--platform", "linux", "--python", "3.11", "--machine", MACHINES[arch], "--for", "infer")
     assert clipcast("device", "wheelhouse", "wheels", *wanted)[0] == 0
     assert clipcast("device", "package", "--out", "dist", "--wheelhouse", "wheels", "--for", "infer")[0] == 0
     (made,) = (home / "dist").glob("clipcast-client_*_all.deb")
     return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-clip with an adapter that changes nothing, as an ONNX file."""
+    recipe, out = Recipe(rank=2), tmp_path_factory.mktemp("export") / "model.onnx"
+    adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
+    bank = make_bank("tiny-clip", ("zero", "one", "two"), ("a photo of a {}",))
+    export_artefact(Source(bank, adapter, recipe, "lab", 1), [PICTURE], 4, out)
+    return out
 
 
 def clipcast(*arguments: str | Path) -> tuple[int, str]:
@@ -93,9 +111,7 @@ def provision(system: System, lab: Lab, package: Path) -> Clipcast:
     return run
 
 
-def test_a_bare_board_becomes_a_device_that_answers(
-    system: System, provision: Clipcast, exported: Path, digits: list[Image.Image]
-) -> None:
+def test_a_bare_board_becomes_a_device_that_answers(system: System, provision: Clipcast, arch: str, model: Path) -> None:
     code, told = provision("--check")
     assert code == WARNINGS
     assert "would: the package is not there" in told
@@ -110,19 +126,24 @@ def test_a_bare_board_becomes_a_device_that_answers(
     assert not (system.root / "etc/clipcast/claim.token").exists()
     assert clipcast("device", "list")[1].endswith(" active\n")
 
-    shutil.copy(exported, system.root / "var/lib/clipcast/model.onnx")
-    digits[0].save(system.root / "var/lib/clipcast/picture.png")
+    shutil.copy(model, system.root / "var/lib/clipcast/model.onnx")
+    PICTURE.save(system.root / "var/lib/clipcast/picture.png")
     answered = system.run("clipcast infer /var/lib/clipcast/model.onnx /var/lib/clipcast/picture.png --top 1")
     assert answered.returncode == 0, answered.stderr
     assert "picture.png" in answered.stdout
     found = system.run("/opt/clipcast/venv/bin/python -c 'import platform, onnxruntime; print(platform.machine())'")
-    assert found.stdout.strip() == {"arm64": "aarch64"}.get(system.config.parent.parent.name, found.stdout.strip())
+    assert found.stdout.strip() == MACHINES[arch]
 
 
 def test_a_second_run_changes_nothing_and_says_so(system: System, provision: Clipcast) -> None:
     def state() -> dict[str, int]:
         folders = (system.root / "etc/clipcast", system.root / "opt/clipcast", system.root / "usr/lib/clipcast")
-        return {str(path): path.lstat().st_mtime_ns for folder in folders for path in folder.rglob("*") if ".pyc" not in path.name}
+        return {
+            str(path): path.lstat().st_mtime_ns
+            for folder in folders
+            for path in folder.rglob("*")
+            if ".pyc" not in path.name
+        }
 
     before = state()
     code, told = provision("--check")
