@@ -79,17 +79,23 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({**entry, "message": record.getMessage()})
 
 
+def print_version(value: bool) -> None:
+    """Print the version and exit, before a command is asked for."""
+    if value:
+        typer.echo(f"clipcast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     *,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines to stderr.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every event.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[  # noqa: ARG001 - its callback does all
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
+    ] = False,
 ) -> None:
     """Set up what all commands share."""
-    if version:
-        typer.echo(f"clipcast {__version__}")
-        raise typer.Exit
     log = logging.StreamHandler()
     log.setFormatter(JsonFormatter() if log_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])

@@ -32,8 +32,9 @@ echo "installed $(dpkg-query -W -f='${{db:Status-Status}} ${{Version}}' {PACKAGE
 echo "package $(cat {NOTE} 2>/dev/null || true)"
 echo "enrolled $(cat {STATE}/enrolled 2>/dev/null || true)"
 echo "ready $(test -x /opt/clipcast/venv/bin/clipcast && echo yes || true)"
-for file in {ETC}/*; do test -f "$file" && echo "file $(sha256sum "$file" | cut -c1-64) $(stat -c '%a %U:%G' "$file") $file"; done
-true
+for file in {ETC}/*; do
+    test ! -f "$file" || echo "file $(sha256sum "$file" | cut -c1-64) $(stat -c '%a %U:%G' "$file") $file"
+done
 """
 
 

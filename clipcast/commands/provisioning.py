@@ -34,7 +34,7 @@ def provision(
 ) -> None:
     """Make a flashed board a device: install the package, give it its settings, enrol it, run the doctor there.
 
-    A second run changes nothing, and says so. --check ends with 14 if there is something to do. It ends with the doctor's code.
+    A second run changes nothing, and says so. It ends with the doctor's code; --check with 14 if there is something to do.
 
     Example: `clipcast device provision ubuntu@192.168.1.7 --id jetson-1 --package clipcast-client_0.1.0_all.deb --ca ca`
     """
@@ -76,8 +76,8 @@ def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path |
     known = registry.devices().get(name)
     if found.enrolled is None and known is not None and not known.revoked:
         raise ProvisioningError(
-            f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke {name}` "
-            f"first, and this one takes its place"
+            f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke "
+            f"{name}` first, and this one takes its place"
         )
     Signer.open(config.state)  # the first time it makes the coordinator's key, which the board is given
     files = files_of(Site.read(coordinator, authority_of(config, ca), broker or None, data or PICTURES))

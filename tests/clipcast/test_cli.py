@@ -19,6 +19,7 @@ from PIL import Image
 
 from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_sizes
+from clipcast import __version__
 from clipcast.exit_codes import CODES
 from coordinator.text_bank import make_bank
 from export.artefact import Source, export_artefact
@@ -47,6 +48,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.onnx"
 
 
+def test_the_version_needs_no_command(tmp_path: Path) -> None:
+    assert clipcast("--version", cwd=tmp_path).stdout == f"clipcast {__version__}\n"
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -63,6 +68,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "device add",
             "device show",
             "device admit",
+            "device package",
+            "device wheelhouse",
+            "device provision",
             "device revoke",
             "ca init",
             "ca issue",

@@ -61,7 +61,8 @@ def unpack(root: Path, arch: str) -> None:
     masters = root / "usr" / "share" / "base-passwd"
     for name in ("passwd", "group"):
         shutil.copy(masters / f"{name}.master", root / "etc" / name)
-    (root / "etc" / "group").open("a").write("render:x:105:\n")
+    with (root / "etc" / "group").open("a") as groups:
+        groups.write("render:x:105:\n")
     (root / "etc" / "shadow").write_text("root:*:19000:0:99999:7:::\n")
     status = []
     for deb in sorted((root / "var" / "cache" / "apt" / "archives").glob("*.deb")):
@@ -70,6 +71,8 @@ def unpack(root: Path, arch: str) -> None:
         status.append(f"{first}\nStatus: install ok installed\n{rest.strip()}\n")
         deb.unlink()
     (root / "var" / "lib" / "dpkg" / "status").write_text("\n".join(status))
+    if not (root / "usr" / "bin" / "awk").is_symlink():
+        (root / "usr" / "bin" / "awk").symlink_to("mawk")
     for folder in ("proc", "dev", "run", "tmp"):
         (root / folder).mkdir(exist_ok=True)
 
@@ -95,7 +98,8 @@ def sshd(folder: Path, root: Path) -> Iterator[Path]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(inside / name)], check=True)
     (inside / "authorized").write_text((inside / "user.pub").read_text())
     (inside / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {inside}/host\nPidFile {inside}/pid\nAuthorizedKeysFile {inside}/authorized\n"
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {inside}/host\nPidFile {inside}/pid\n"
+        f"AuthorizedKeysFile {inside}/authorized\n"
         f"StrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\nChrootDirectory {root}\n"
     )
     host = (inside / "host.pub").read_text().strip()
