@@ -21,6 +21,7 @@ from clip_lora.algebra import rank_of
 from clip_lora.lora import adapter_state, freeze_factors, load_adapter
 from clip_lora.preprocess import Preprocessing, load_preprocessing
 from clip_lora.towers import ModelFacts, model_facts
+from edge_client.allocator import give_back, keep_freed_memory, return_freed_memory
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement, told
 from edge_client.data import Dataset
@@ -28,7 +29,7 @@ from edge_client.encoder import EVAL_BATCH, ImageEncoder, encode
 from edge_client.encoders import Encoders
 from edge_client.errors import OutOfMemoryError, UnfitPlanError
 from edge_client.losses import alignment_loss, orthogonal_loss
-from edge_client.memory import fitted, held_mib, room_for, shape_of
+from edge_client.memory import ample, fitted, held_mib, room_for, shape_of
 from edge_client.privacy.budget import Budget
 from edge_client.privacy.disclose import disclose, parts_of
 from edge_client.probes import first_line, out_of_memory, release_memory
@@ -142,7 +143,9 @@ class Trainer:
         if self._root is not None:
             pictures = len(data) - (data.kept if device == "cuda" else 0)
             room, held = room_for(device, self._root), held_mib(device, self._root)
-            placement = fitted(placement, recipe, begun, shape_of(model), pictures, room, held)
+            about = (recipe, begun, shape_of(model), pictures, room, held)
+            placement = fitted(placement, *about)
+            (keep_freed_memory if ample(placement, *about) else return_freed_memory)()
         if placement.fallback != self._used.fallback:
             log.warning("trained other than settings and profile say: %s", placement.fallback or "no more")
             self._report(placement.fallback)
@@ -154,6 +157,12 @@ class Trainer:
         What fits into memory is chosen before. If it runs out all the same, once more with half the batch, which stays that
         size. Raises TrainingStopped, OutOfMemoryError, and PlanRefusedError if memory or privacy budget allow no round.
         """
+        try:
+            return self._run_or_halve(ready, stopped)
+        finally:
+            give_back()
+
+    def _run_or_halve(self, ready: PlanReady, stopped: Callable[[], bool]) -> TrainingResult:
         try:
             return self._run(ready, stopped)
         except (RuntimeError, MemoryError) as error:

@@ -9,7 +9,7 @@ import pytest
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import Placement
 from edge_client.errors import PlanRefusedError
-from edge_client.memory import MARGIN_MIB, Room, fitted, held_mib, room_for, shape_of
+from edge_client.memory import KEEPING, MARGIN_MIB, Room, ample, fitted, held_mib, room_for, shape_of
 from hardware_profiles.plan import FRAMEWORK_MIB, KNOWN, Training, predict
 from protocol.codec import encode_update
 from protocol.messages import Recipe
@@ -102,6 +102,19 @@ def fit(mib, placement=PLACEMENT):
 def test_what_fits_stays_as_it_is_placed():
     assert fit(needs(16)) is PLACEMENT
     assert fitted(PLACEMENT, RECIPE, 16, L14, 10, None, HELD) is PLACEMENT
+
+
+def test_freed_memory_is_kept_only_where_there_is_plenty():
+    predicted = predict(L14, Training(4, 4, 0, 16, 8, "float32", "cpu", pictures=10)).total
+
+    def kept(mib, placement=PLACEMENT):
+        return ample(placement, RECIPE, 16, L14, 10, Room(mib, "MemAvailable", "stop something"), HELD)
+
+    plenty = KEEPING * predicted - HELD + MARGIN_MIB
+    assert kept(plenty)
+    assert not kept(plenty - 1)
+    assert not kept(1e6, replace(PLACEMENT, device="cuda", dtype="float16"))
+    assert not ample(PLACEMENT, RECIPE, 16, L14, 10, None, HELD)
 
 
 def test_blocks_are_computed_again_before_the_batch_gets_smaller_and_the_bits_stay():
