@@ -32,9 +32,10 @@ from edge_client.losses import alignment_loss, orthogonal_loss
 from edge_client.memory import ample, fitted, held_mib, room_for, shape_of
 from edge_client.privacy.budget import Budget
 from edge_client.privacy.disclose import disclose, parts_of
-from edge_client.probes import first_line, out_of_memory, release_memory
+from edge_client.probes import out_of_memory, release_memory
 from edge_client.work import work_of
 from protocol.events import PlanReady
+from protocol.findings import first_line
 from protocol.messages import Adapter, Recipe, TextBank, TrainingResult, Update
 
 log = logging.getLogger(__name__)
