@@ -136,9 +136,9 @@ class Placement:
         """Return what decides over bits of the result, besides the batch."""
         return self.bits, self.device, self.dtype
 
-    def smaller(self, why: str) -> Placement:
-        """Return a placement that needs less memory: half the batch, and blocks computed again on the way back."""
-        size = max(1, self.batch_size // 2)
+    def smaller(self, why: str, batch: int) -> Placement:
+        """Return a placement that needs less memory: half of `batch`, and blocks computed again on the way back."""
+        size = max(1, batch // 2)
         return replace(self, batch_size=size, checkpointing=True, fallback=told(self.fallback, f"batches of {size}: {why}"))
 
     def stricter(self, recipe: Recipe) -> Recipe:

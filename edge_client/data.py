@@ -57,6 +57,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @property
+    def kept(self) -> int:
+        """Number of pictures that are in memory."""
+        return len(self._kept)
+
     def keys(self, indices: Sequence[int]) -> list[Hashable]:
         """Return what identifies the pixels of the given pictures: no augmentation, a picture has exactly one view."""
         cut = (self.preprocessing.short_side, self.preprocessing.crop)

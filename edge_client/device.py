@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -73,5 +74,14 @@ def new_client(
     )
     pictures = partial(open_dataset, config.data)
     checkpoint = Checkpoint(config.state / CHECKPOINT)
-    trainer = Trainer(config.id, pictures, placement, config.model, checkpoint=checkpoint, budget=budget, report=report)
+    trainer = Trainer(
+        config.id,
+        pictures,
+        placement,
+        config.model,
+        checkpoint=checkpoint,
+        budget=budget,
+        report=report,
+        root=Path("/"),
+    )
     return trainer, Participation(status, done), status

@@ -102,12 +102,14 @@ class ImageEncoder:
         return batch.to(self.model.dtype)
 
 
-def encode(encoder: ImageEncoder, data: Dataset, indices: Sequence[int] | None = None) -> FloatArray:
-    """Return the unit features of the pictures named, default all, (N, D)."""
+def encode(
+    encoder: ImageEncoder, data: Dataset, indices: Sequence[int] | None = None, at_once: int = EVAL_BATCH
+) -> FloatArray:
+    """Return the unit features of the pictures named, default all, (N, D); `at_once` of them take memory at a time."""
     chosen = range(len(data)) if indices is None else indices
-    starts = range(0, len(chosen), EVAL_BATCH)
+    starts = range(0, len(chosen), at_once)
     with torch.no_grad():
-        parts = [encoder.encode(data, chosen[start : start + EVAL_BATCH]).cpu().numpy() for start in starts]
+        parts = [encoder.encode(data, chosen[start : start + at_once]).cpu().numpy() for start in starts]
     return np.concatenate(parts)
 
 

@@ -20,7 +20,7 @@ class ShutOutError(RuntimeError):
 
 
 class PlanRefusedError(RuntimeError):
-    """A plan that this device does not carry out, as its privacy budget does not allow it; it stays for later rounds."""
+    """A plan that this device does not carry out, as its privacy budget or its memory forbids; it stays for later ones."""
 
 
 class LedgerError(RuntimeError):

@@ -11,6 +11,7 @@ from edge_client.errors import DataError, PlanRefusedError, ShutOutError
 from edge_client.monitor.guard import Guard
 from edge_client.outbox import Outbox
 from edge_client.participation import Announce, Leave, Participation, Send, Step, Train, Withdraw
+from edge_client.priority import give_way
 from edge_client.train import Trainer, TrainingStopped
 from edge_client.work import Work
 from protocol.client_end import ClientEnd
@@ -33,13 +34,14 @@ def participate(
     outbox: Outbox | None = None,
     guard: Guard | None = None,
 ) -> None:
-    """Take part until `stop` is set. The training runs beside the loop, so that the link stays alive; `guard` may hold it.
+    """Take part until `stop` is set.
 
-    Raises what the training raised, after everybody has been told.
+    The training runs beside the loop and behind it, so that the link stays alive; `guard` may hold it. Raises what the
+    training raised, after everybody has been told.
     """
     training: Future[TrainingResult] | None = None
     stopped = stop.is_set if guard is None else partial(guard.hold, stop)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="training") as pool:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="training", initializer=give_way) as pool:
         try:
             while not stop.is_set():
                 steps: list[Step] = []

@@ -10,6 +10,8 @@ import warnings
 
 import torch
 
+from protocol.findings import first_line
+
 WIDTH = 64  # of a layer: bitsandbytes quantises blocks of 64 weights
 
 
@@ -65,8 +67,3 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

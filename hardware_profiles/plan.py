@@ -7,6 +7,7 @@ its libraries allocate. Pages of files that are mapped (libraries, a checkpoint 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ BYTES_OF_BITS = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 # The GPU's also holds the CUDA context and its libraries, 0.5 to 1.5 GB by public reports: nothing of that was measured.
 FRAMEWORK_MIB = {"cpu": 335, "cuda": 1200}
 FEWER: dict[Bits, tuple[Bits, ...]] = {4: (4,), 8: (8, 4), 32: (32,)}  # to be tried where what is wanted does not fit
+KEPT_MIB = 512.0  # at most this much of the pictures stays in memory
 SYSTEM_MIB = 600  # of a device that runs nothing else and shows no desktop
 SPARE = 0.1  # of a device's memory: pictures being decoded, the broker's connection, what prediction misses
 
@@ -110,8 +112,13 @@ def predict(shape: TowerShape, training: Training) -> Memory:
         gradients=4 * factors / MIB,
         optimiser=8 * factors / MIB,
         activations=_activations(shape, training) / MIB,
-        pictures=min(training.pictures * 3 * shape.side**2 / MIB, 512.0),
+        pictures=min(training.pictures * _picture(shape, training) / MIB, KEPT_MIB),
     )
+
+
+def _picture(shape: TowerShape, training: Training) -> int:
+    """Return bytes of a picture as it is kept: its pixels, or what enters the first adapted block, in float32."""
+    return 4 * shape.tokens * shape.width if training.first_block else 3 * shape.side**2
 
 
 def _activations(shape: TowerShape, training: Training) -> float:
@@ -141,15 +148,18 @@ def fit(shape: TowerShape, wanted: Training, budget_mib: float) -> Training | No
     The batch is kept as long as anything else helps: blocks computed again cost time, 4 bits instead of 8 some accuracy, a
     smaller batch other gradients.
     """
+    tried = smaller(wanted, FEWER[wanted.bits])
+    return next((training for training in tried if predict(shape, training).total <= budget_mib), None)
+
+
+def smaller(wanted: Training, bits: tuple[Bits, ...]) -> Iterator[Training]:
+    """Yield what is wanted, and then what takes less and less of a device, in the order in which it is to be tried."""
     batch = wanted.batch
     while batch >= 1:
-        for bits in FEWER[wanted.bits]:
+        for few in bits:
             for checkpointing in dict.fromkeys((wanted.checkpointing, True)):
-                training = replace(wanted, batch=batch, bits=bits, checkpointing=checkpointing)
-                if predict(shape, training).total <= budget_mib:
-                    return training
+                yield replace(wanted, batch=batch, bits=few, checkpointing=checkpointing)
         batch //= 2
-    return None
 
 
 @dataclass(frozen=True)

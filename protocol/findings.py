@@ -16,3 +16,8 @@ class Finding:
     measured: str
     state: State = "ok"
     cure: str = ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -67,13 +67,10 @@ def plan(
 
 def tower_shape(model: str) -> TowerShape:
     """Return what an image tower's memory depends on; raises ModelError."""
-    from hardware_profiles.plan import KNOWN, TowerShape
+    from hardware_profiles.plan import KNOWN
 
     if model in KNOWN:
         return KNOWN[model]
-    from clip_lora.towers import load_config
+    from edge_client.memory import shape_of
 
-    config = load_config(model)
-    vision = config.vision_config
-    sizes = (vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, vision.patch_size, vision.image_size)
-    return TowerShape(*sizes, config.projection_dim)
+    return shape_of(model)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from protocol.findings import Finding
+from protocol.findings import Finding, first_line
 
+UNINSTALL = "`pip uninstall onnxruntime onnxruntime-gpu`: each overwrites the other's files"
 # y = x x for 2 x 2 matrices, opset 13: onnx itself is not installed on devices. A test makes it again.
 GRAPH = bytes.fromhex(
     "08073a400a110a01780a017812017922064d61744d756c1201675a130a0178120e0a0c080112080a0208020a02080262130a"
@@ -17,16 +18,23 @@ GRAPH = bytes.fromhex(
 )
 
 
-def examine_answering(wanted: Sequence[str], cure: str) -> Iterator[Finding]:
-    """Run a model with each wanted provider; `cure` says where an onnxruntime for this board comes from."""
+def examine_answering(wanted: Sequence[str], cure: str, *, trains: bool = False) -> Iterator[Finding]:
+    """Run a model with each wanted provider; `cure` says where an onnxruntime for this board comes from.
+
+    Who `trains` need not answer; a device that does neither is of no use.
+    """
     try:
         import onnxruntime
-    except ImportError as error:
-        yield Finding("onnxruntime", f"not installed ({error})", "warn", cure)
+    except ModuleNotFoundError:
+        told = "not installed: this device trains only" if trains else "not installed: this device cannot answer"
+        yield Finding("onnxruntime", f"{told}. To answer: {cure}") if trains else Finding("onnxruntime", told, "fail", cure)
+        return
+    except (ImportError, OSError) as error:
+        yield Finding("onnxruntime", f"cannot be loaded: {first_line(error)}", "warn" if trains else "fail", cure)
         return
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     if len(both) > 1:
-        yield Finding("onnxruntime", "two packages, one module", "fail", "uninstall both, then install one of them")
+        yield Finding("onnxruntime", "two packages, one module", "fail", f"{UNINSTALL}, then {cure}")
     else:
         yield Finding("onnxruntime", f"{(both or ['onnxruntime'])[0]} {onnxruntime.__version__}")
     for provider in wanted:
@@ -51,7 +59,7 @@ def executes(provider: str) -> str:
             (product,) = session.run(None, {"x": np.full((2, 2), 2.0, np.float32)})
             events = json.loads(Path(session.end_profiling()).read_text())
         except Exception as error:  # noqa: BLE001 - onnxruntime's own kinds, and whatever its libraries raise
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return first_line(error)
     ran = {event["args"]["provider"] for event in events if event.get("args", {}).get("provider")}
     if provider not in ran:
         return f"listed, but {', '.join(sorted(ran)) or 'nothing'} executes instead"

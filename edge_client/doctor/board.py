@@ -19,10 +19,10 @@ SCARCE_DISK, LEAST_DISK = 4 * 1024**3, 512 * 1024**2
 
 
 def examine_board(
-    found: Detection, readings: Readings, folder: Path, now: datetime, root: Path = Path("/")
+    found: Detection, readings: Readings, folder: Path, now: datetime, root: Path = Path("/"), *, is_client: bool = False
 ) -> Iterator[Finding]:
     """Yield what is found; `folder` is where the client keeps its state, or will."""
-    yield _profile(found)
+    yield _profile(found, is_client)
     yield _platform(found)
     yield _python(found)
     yield _power(found, readings)
@@ -34,12 +34,12 @@ def examine_board(
     yield _clock(now)
 
 
-def _profile(found: Detection) -> Finding:
+def _profile(found: Detection, is_client: bool) -> Finding:
     told = f"{found.profile.name}: {found.reason}"
     if found.profile.tier == "unsupported":
         return Finding("board", told, "fail", found.profile.advice)
     if found.profile.tier == "inference":
-        return Finding("board", told, "warn", found.profile.advice)
+        return Finding("board", told, "fail" if is_client else "warn", found.profile.advice)
     return Finding("board", told, *(() if found.certain else ("warn", "name the profile in client.toml: `profile = ...`")))
 
 

@@ -6,18 +6,15 @@ from collections.abc import Iterator
 
 from hardware_profiles.detect import Detection
 from hardware_profiles.platform import Package
-from protocol.findings import Finding
+from protocol.findings import Finding, first_line
 
 
-def examine_training(found: Detection) -> Iterator[Finding]:
-    """Yield what is found, on the device that training would use."""
+def examine_training(found: Detection, *, is_client: bool = False) -> Iterator[Finding]:
+    """Yield what is found, on the device that training would use. Without torch a device only answers, unless a client's."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        needed = found.profile.tier == "train"
-        told = f"cannot be loaded: {error}" if not isinstance(error, ModuleNotFoundError) else "not installed"
-        cure = f"{source(found, 'torch')}. To answer pictures it is not needed"
-        yield Finding("torch", told, "fail" if needed else "ok", cure if needed else "")
+        yield _without_torch(found, error, is_client)
         return
     from clip_lora.towers import as_dtype
     from edge_client.probes import kernel, quantised
@@ -43,6 +40,15 @@ def examine_training(found: Detection) -> Iterator[Finding]:
         told = problem or f"forward and backward in {str(dtype).removeprefix('torch.')}"
         state = ("fail" if wanted else "warn", source(found, "bitsandbytes")) if problem else ()
         yield Finding(f"{bits}-bit layer on {device}", told, *state)
+
+
+def _without_torch(found: Detection, error: Exception, is_client: bool) -> Finding:
+    trains, cure = found.profile.tier == "train", source(found, "torch")
+    if not isinstance(error, ModuleNotFoundError):
+        return Finding("torch", f"cannot be loaded: {first_line(error)}", *(("fail", cure) if trains else ()))
+    if is_client and trains:
+        return Finding("torch", "not installed, and a client trains", "fail", cure)
+    return Finding("torch", "not installed: this device answers only" + (f". To train: {cure}" if trains else ""))
 
 
 def source(found: Detection, package: Package) -> str:

@@ -93,10 +93,12 @@ def make_trainer(home: Path) -> MakeTrainer:
         budget: Budget | None = None,
         encoders: Encoders | None = None,
         report: Callable[[str], None] = lambda _: None,
+        root: Path | None = None,
         **placement: object,
     ) -> Trainer:
         where = replace(Placement(4, 32, 16, "cpu"), **placement)  # type: ignore[arg-type]
-        return Trainer(client, partial(open_dataset, source), where, model, encoders, checkpoint, budget, report)
+        opener = partial(open_dataset, source)
+        return Trainer(client, opener, where, model, encoders, checkpoint, budget, report, root)
 
     return make
 

@@ -87,3 +87,9 @@ def test_where_a_package_comes_from_depends_on_the_platform(tmp_path):
     assert "no torch" in source(detect(roots.NANO.write(tmp_path / "4")), "torch")
     other = replace(roots.ORIN_NANO_JP7, tegra_release=None).write(tmp_path / "x")
     assert "clipcast profiles show" in source(detect(other), "torch")
+
+
+def test_a_client_on_a_board_that_only_answers_cannot_do_its_part(tmp_path):
+    found = detect(roots.XAVIER_NX.write(tmp_path))
+    board = next(examine_board(found, WELL, tmp_path, NOW, tmp_path, is_client=True))
+    assert (board.name, board.state) == ("board", "fail")

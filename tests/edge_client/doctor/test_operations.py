@@ -61,11 +61,32 @@ def test_a_layer_that_does_not_run_is_worse_if_the_profile_asks_for_it(this_mach
     assert "pip install 'bitsandbytes" in found.cure
 
 
-@pytest.mark.parametrize(("profile", "state"), [("generic-cpu", "fail"), ("jetson-xavier-nx-8gb", "ok")])
-def test_a_device_without_torch_can_answer_if_that_is_its_part(this_machine, monkeypatch, profile, state):
+@pytest.mark.parametrize(
+    ("profile", "is_client", "state", "words"),
+    [
+        ("generic-cpu", False, "ok", "this device answers only. To train: pip install 'torch'"),
+        ("generic-cpu", True, "fail", "a client trains"),
+        ("jetson-xavier-nx-8gb", False, "ok", "this device answers only"),
+    ],
+)
+def test_a_device_without_torch_answers_only(this_machine, monkeypatch, profile, is_client, state, words):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (finding,) = examine_training(replace(this_machine, profile=load(profile)))
+    (finding,) = examine_training(replace(this_machine, profile=load(profile)), is_client=is_client)
     assert (finding.name, finding.state) == ("torch", state)
+    assert words in finding.measured
+
+
+def test_a_torch_that_does_not_load_is_a_failure_where_one_would_train(this_machine, monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "torch":
+                raise ImportError("libcudart.so.13: cannot open shared object file\nmore")
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    (finding,) = examine_training(this_machine)
+    assert (finding.state, finding.measured) == ("fail", "cannot be loaded: libcudart.so.13: cannot open shared object file")
+    assert finding.cure == "pip install 'torch'"
 
 
 def test_a_provider_that_was_not_built_in_is_worse_if_it_is_the_last(monkeypatch):
@@ -96,10 +117,16 @@ def test_a_provider_whose_library_fails_is_a_problem_in_one_line(monkeypatch):
 
 def test_two_packages_of_one_module_are_a_failure(monkeypatch):
     monkeypatch.setattr("edge_client.doctor.answering._version", lambda _: "1.0")
-    assert by_name(examine_answering((CPU,), ""))["onnxruntime"].state == "fail"
+    finding = by_name(examine_answering((CPU,), "pip install 'onnxruntime'"))["onnxruntime"]
+    assert finding.state == "fail"
+    assert finding.cure.startswith("`pip uninstall onnxruntime onnxruntime-gpu`")
+    assert finding.cure.endswith("then pip install 'onnxruntime'")
 
 
-def test_without_onnxruntime_that_is_all_there_is_to_say(monkeypatch):
+@pytest.mark.parametrize(("trains", "state", "words"), [(True, "ok", "trains only"), (False, "fail", "cannot answer")])
+def test_a_device_without_onnxruntime_trains_only_or_is_of_no_use(monkeypatch, trains, state, words):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    (finding,) = examine_answering((CPU,), "the cure")
-    assert (finding.state, finding.cure) == ("warn", "the cure")
+    (finding,) = examine_answering((CPU,), "the cure", trains=trains)
+    assert finding.state == state
+    assert words in finding.measured
+    assert "the cure" in finding.measured + finding.cure
