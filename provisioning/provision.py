@@ -172,15 +172,19 @@ set -e
 if [ -d /run/systemd/system ]; then systemctl start clipcast-enrol.service; else
     install -d -o clipcast -g clipcast -m 700 {STATE}
     {AS_CLIPCAST} clipcast client enrol {ETC}/client.toml
-    rm -f {TOKEN}
 fi
+rm -f {TOKEN}
 """
 START = """\
-if [ -d /run/systemd/system ]; then systemctl restart clipcast-client.service; else
-    echo "no systemd is running: start the client with \\`clipcast client run /etc/clipcast/client.toml\\`"
-fi
+if ! [ -e /etc/systemd/system/multi-user.target.wants/clipcast-client.service ]; then echo "it answers pictures only"
+elif [ -d /run/systemd/system ]; then systemctl restart clipcast-client.service && echo "the client runs"
+else echo "no systemd is running: start the client with \\`clipcast client run /etc/clipcast/client.toml\\`"; fi
 """
-DOCTOR = f"cd {STATE} && {AS_CLIPCAST} clipcast doctor {ETC}/client.toml"
+DOCTOR = f"""\
+cd {STATE}
+grep -q '^for to train' /usr/lib/clipcast/build && part= || part=--answers-only
+{AS_CLIPCAST} clipcast doctor {ETC}/client.toml $part
+"""
 UNINSTALL = f"""\
 set -e
 if dpkg-query -W {PACKAGE} > /dev/null 2>&1; then dpkg --purge {PACKAGE}; fi

@@ -15,6 +15,7 @@ def doctor(
     settings: Annotated[Path | None, typer.Argument(help="A client's settings file: its broker is measured too.")] = None,
     *,
     profile: Annotated[str, typer.Option(help="Instead of the board that is detected.")] = "",
+    answers_only: Annotated[bool, typer.Option("--answers-only", help="It trains nothing: torch is not missed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Find what is wrong with this device by doing it: kernels, quantised layers, a model, the broker.
@@ -40,5 +41,10 @@ def doctor(
         found = replace(found, profile=load(named), reason="named in the settings" if not profile else "named", certain=True)
     who = None if client is None else Participant(federation=client.federation, id=client.id, broker=client.broker)
     folder = Path.cwd() if client is None else client.state
-    states = show(examine(found, who, folder), f"{found.profile.title}", "examining this device", as_json=as_json)
+    states = show(
+        examine(found, who, folder, answers_only=answers_only),
+        f"{found.profile.title}",
+        "examining this device",
+        as_json=as_json,
+    )
     raise typer.Exit(UNFIT if "fail" in states else WARNINGS if "warn" in states else 0)

@@ -18,9 +18,14 @@ from protocol.findings import Finding
 from protocol.settings import Participant
 
 
-def examine(found: Detection, client: Participant | None, folder: Path, root: Path = Path("/")) -> Iterator[Finding]:
-    """Yield what is found on this device; with a client's settings also of its broker. `folder` is its state's place."""
-    is_client = client is not None
+def examine(
+    found: Detection, client: Participant | None, folder: Path, root: Path = Path("/"), *, answers_only: bool = False
+) -> Iterator[Finding]:
+    """Yield what is found on this device; with a client's settings also of its broker. `folder` is its state's place.
+
+    A client is expected to train, unless it `answers_only`.
+    """
+    is_client = client is not None and not answers_only
     yield from examine_board(found, Monitor().read(), folder, datetime.now(timezone.utc), root, is_client=is_client)
     trains = found.profile.tier == "train" and find_spec("torch") is not None
     yield from examine_training(found, is_client=is_client)
