@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults check bench bench-load bench-method bench-method-quick clean
+.PHONY: demo test test-faults test-device check bench bench-load bench-method bench-method-quick clean
 
 demo: $(VENV)/.demo  ## run the whole system on this machine, e.g. make demo ARGS="--clients 2 --rounds 3"
 	$(BIN)/clipcast demo $(ARGS)
@@ -16,6 +16,9 @@ test-faults: $(VENV)/.dev  ## the full tier of the proofs in tests/faults, at mo
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --only-binary atheris -e '.[fuzz]' || \
 	  echo "atheris cannot be installed here: the proof that needs it is skipped, and says so"
 	$(BIN)/python -m pytest tests/faults --full $(ARGS)
+
+test-device: $(VENV)/.dev  ## a device from an empty arm64 system on, under emulation; as root, with what .ci/run installs
+	$(BIN)/python -m pytest tests/provisioning/test_board.py --device $(ARGS)
 
 check: $(VENV)/.dev  ## what a contributor runs before a commit
 	$(BIN)/ruff format --check .
