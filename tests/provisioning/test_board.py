@@ -176,7 +176,7 @@ def test_a_doctor_that_finds_the_broker_away_says_so_in_its_code(system: System,
     settings.write_text(wanted)
     assert found.returncode == UNFIT
     failed = [finding for finding in json.loads(found.stdout) if finding["state"] == "fail"]
-    assert [finding["name"] for finding in failed] == ["reachable"]
+    assert [finding["name"] for finding in failed] == ["connection"]
     assert "nowhere.invalid" in failed[0]["measured"]
 
 
