@@ -77,17 +77,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({**entry, "message": record.getMessage()})
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if it is wanted: eagerly, as no command has to follow."""
+    if wanted:
+        typer.echo(f"clipcast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     *,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines to stderr.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every event.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print it and exit.")
+    ] = False,
 ) -> None:
     """Set up what all commands share."""
-    if version:
-        typer.echo(f"clipcast {__version__}")
-        raise typer.Exit
+    del version  # print_version has seen it
     log = logging.StreamHandler()
     log.setFormatter(JsonFormatter() if log_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])

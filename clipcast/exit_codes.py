@@ -16,7 +16,7 @@ SETTINGS, BROKER, MODEL, DATA, FEDERATION, EXPORT, INFERENCE, PROFILE, MISSING, 
     12,
     13,
 )
-WARNINGS, UNFIT, PROVISION = 14, 15, 16
+WARNINGS, UNFIT, PROVISION = 14, 15, 17
 INTERRUPTED = 130
 
 # By name, so that deciding on a code imports nothing: a class that was never imported was never raised.
