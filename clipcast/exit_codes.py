@@ -40,7 +40,6 @@ CODES = {
     "edge_client.errors.InferenceError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,
     "hardware_profiles.facts.ProfileError": PROFILE,
-    "provisioning.package.errors.PackageError": PROVISION,
 }
 
 

@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from provisioning.package.errors import PackageError
-from provisioning.package.sources import ANSWERS, TO, Use, sources
+from provisioning.errors import ProvisioningError
+from provisioning.package.sources import ANSWERS, EXTRAS, TO, Use, sources
 from provisioning.package.wheels import Wheel, own_wheel, read_wheel, require_program
 
 FILES = Path(__file__).parent / "files"
@@ -68,24 +68,26 @@ class Contents:
 
 
 def build_package(out: Path, use: Use, wheel: Path | None = None, wheelhouse: Path | None = None) -> Path:
-    """Write the package below `out`, and return its path; raises PackageError."""
+    """Write the package below `out`, and return its path; raises ProvisioningError."""
     program = require_program("dpkg-deb", "dpkg")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         contents = Contents(use, own_wheel(wheel, scratch), _wheels_in(wheelhouse))
+        if wheelhouse is not None:
+            _check_use(contents, wheelhouse)
         tree = scratch / "tree"
         lay_out(contents, tree)
         path = out / f"clipcast-client_{contents.version}_all.deb"
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PackageError(f"{out} cannot be made: {error}. Name another folder with --out") from error
-        # Not xz: wheels are packed already, and its output depends on the number of processors.
-        command = [program, "--root-owner-group", "-Zgzip", "--build", str(tree), str(path)]
+            raise ProvisioningError(f"{out} cannot be made: {error}. Name another folder with --out") from error
+        # Wheels are packed already: packing gigabytes again takes minutes and saves nothing.
+        command = [program, "--root-owner-group", "-Znone", "--build", str(tree), str(path)]
         environment = {**os.environ, "SOURCE_DATE_EPOCH": str(WHEN)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
-            raise PackageError(f"dpkg-deb cannot write {path}: {done.stderr.strip()}")
+            raise ProvisioningError(f"dpkg-deb cannot write {path}: {done.stderr.strip()}")
     return path
 
 
@@ -118,8 +120,25 @@ def _wheels_in(wheelhouse: Path | None) -> tuple[Wheel, ...]:
         return ()
     found = tuple(read_wheel(path) for path in sorted(wheelhouse.glob("*.whl")) if not path.name.startswith("clipcast-"))
     if not found:
-        raise PackageError(f"{wheelhouse} holds no wheels: `clipcast device wheelhouse {wheelhouse}` collects them")
+        raise ProvisioningError(f"{wheelhouse} holds no wheels: `clipcast device wheelhouse {wheelhouse}` collects them")
     return found
+
+
+def _check_use(contents: Contents, wheelhouse: Path) -> None:
+    """Raise ProvisioningError if wheels lack what the use needs at the least: nobody is there to see the device fail."""
+    names = {_name(wheel.name) for wheel in contents.others}
+    needed = [_name(need) for extra in EXTRAS[contents.use] or (ANSWERS,) for need in contents.own.extras.get(extra, ())]
+    there = names | ({"onnxruntime"} if "onnxruntime-gpu" in names else set())
+    missing = sorted(set(needed) - there)
+    if missing:
+        raise ProvisioningError(
+            f"{wheelhouse} lacks {', '.join(missing)}, which a device needs {TO[contents.use]}: collect it with "
+            f"`clipcast device wheelhouse {wheelhouse} --for {contents.use}`, or name another use with --for"
+        )
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hardware_profiles.platform import Platform, load
+from provisioning.errors import ProvisioningError
 from provisioning.package import pip_elsewhere
-from provisioning.package.errors import PackageError
 from provisioning.package.sources import ANSWERS, Source, Use, sources
-from provisioning.package.wheels import Wheel, own_wheel, read_wheel, require_pip
+from provisioning.package.wheels import Wheel, own_wheel, require_pip
 
 # The C library of each Ubuntu, which decides what wheels may be built for; the oldest for a Linux that is none of these.
 GLIBC = {"18.04": 27, "20.04": 31, "22.04": 35, "24.04": 39}
@@ -42,22 +43,23 @@ def collect(folder: Path, platform: str, python: str | None, machine: str, use: 
 
     What must come from an index of its own is looked for in the folder first, so that it can be put there by hand. While
     one of those is missing the rest is not tried: pip would take another build of it, which cannot run.
-    Raises PackageError or ProfileError if nothing can be tried.
+    Raises ProvisioningError or ProfileError if nothing can be tried.
     """
     require_pip()
     found = load(platform)
     target = Target(machine, python or _python_of(found), _glibc_of(found))
     if not re.fullmatch(r"3\.\d{1,2}", target.python):
-        raise PackageError(f"{target.python!r} is no Python such as 3.11: name one with --python")
+        raise ProvisioningError(f"{target.python!r} is no Python such as 3.11: name one with --python")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         own = own_wheel(wheel, Path(scratch))
         answering = own.extras.get(ANSWERS, ())
         source = next(source for source in sources(use, answering) if source.platform.name == platform)
         if source.refuse:
-            raise PackageError(f"clipcast cannot train on {platform}: {found.advice}")
-        missing = {**_pip_itself(folder, target), **_own(folder, target, source)}
-        return missing or _rest(folder, target, source, own, Path(scratch))
+            raise ProvisioningError(f"clipcast cannot train on {platform}: {found.advice}")
+        fetched = Path(scratch) / "own"
+        missing = {**_pip_itself(folder, target), **_own(folder, fetched, target, source)}
+        return missing or _rest(folder, fetched, target, source, own)
 
 
 def _python_of(platform: Platform) -> str:
@@ -74,34 +76,32 @@ def _pip_itself(folder: Path, target: Target) -> dict[str, str]:
     return _each(folder, target, ["pip"], ["--no-deps"])
 
 
-def _own(folder: Path, target: Target, source: Source) -> dict[str, str]:
+def _own(folder: Path, fetched: Path, target: Target, source: Source) -> dict[str, str]:
+    """Bring what must come from an index of its own into `fetched`, from the folder or from there."""
+    fetched.mkdir()
     missing: dict[str, str] = {}
     for index, packages in source.own.items():
-        there = _each(folder, target, list(packages), ["--no-deps", "--no-index", "--find-links", str(folder)])
-        reasons = _each(folder, target, list(there), ["--no-deps", "--index-url", index])
+        there = _each(fetched, target, list(packages), ["--no-deps", "--no-index", "--find-links", str(folder)])
+        reasons = _each(fetched, target, list(there), ["--no-deps", "--index-url", index])
         missing |= {package: f"{reason} ({index})" for package, reason in reasons.items()}
+    for wheel in fetched.glob("*.whl"):
+        shutil.copyfile(wheel, folder / wheel.name)
     return missing
 
 
-def _rest(folder: Path, target: Target, source: Source, own: Wheel, scratch: Path) -> dict[str, str]:
-    pins = scratch / "pins"
-    pins.write_text("".join(f"{name}=={version}\n" for name, version in _versions(folder, source)))
+def _rest(folder: Path, fetched: Path, target: Target, source: Source, own: Wheel) -> dict[str, str]:
+    """Bring what pip adds to it. Named by its file, a wheel has no rival: the public index may have the same version."""
     indexes = [part for index in source.own for part in ("--extra-index-url", index)]
-    options = [*indexes, "--find-links", str(folder), "-c", str(pins)]
+    options = [*indexes, "--find-links", str(folder)]
     extras = f"[{','.join(source.extras)}]" if source.extras else ""
-    wanted = [f"{own.path}{extras}", *source.require]
+    given = [str(path) for path in sorted(fetched.glob("*.whl"))]
+    wanted = [f"{own.path}{extras}", *given, *source.require]
     reason = _download(folder, target, wanted, options)
     if reason is None:
         return {}
     parts = [part for extra in source.extras for part in own.extras.get(extra, ())]
-    missing = _each(folder, target, [str(own.path), *parts, *source.require], options)
+    missing = _each(folder, target, [str(own.path), *parts, *source.require], [*options, "--no-deps"])
     return missing or {"all of it together": reason}
-
-
-def _versions(folder: Path, source: Source) -> list[tuple[str, str]]:
-    names = {re.split(r"[<>=!~\[ ]", package)[0] for packages in source.own.values() for package in packages}
-    wheels = [read_wheel(path) for name in names for path in folder.glob(f"{name.replace('-', '_')}-*.whl")]
-    return sorted((wheel.name, wheel.version) for wheel in wheels)
 
 
 def _each(folder: Path, target: Target, wanted: list[str], options: list[str]) -> dict[str, str]:

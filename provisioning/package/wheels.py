@@ -12,7 +12,7 @@ from email.parser import HeaderParser
 from importlib.util import find_spec
 from pathlib import Path
 
-from provisioning.package.errors import PackageError
+from provisioning.errors import ProvisioningError
 
 CHECKOUT = Path(__file__).parents[2]
 OF_EXTRA = re.compile(r"^([^;]+);\s*extra == ['\"]([^'\"]+)['\"]\s*$")
@@ -30,14 +30,14 @@ class Wheel:
 
 
 def read_wheel(path: Path) -> Wheel:
-    """Read what a wheel says of itself; raises PackageError."""
+    """Read what a wheel says of itself; raises ProvisioningError."""
     try:
         with zipfile.ZipFile(path) as archive:
             (metadata,) = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
             said = HeaderParser().parsestr(archive.read(metadata).decode())
             size = sum(entry.file_size for entry in archive.infolist())
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise PackageError(f"{path} cannot be read as a wheel: {error}. Build or download it again") from error
+        raise ProvisioningError(f"{path} cannot be read as a wheel: {error}. Build or download it again") from error
     extras: dict[str, tuple[str, ...]] = dict.fromkeys(said.get_all("Provides-Extra", []), ())
     for line in said.get_all("Requires-Dist", []):
         if found := OF_EXTRA.match(line):
@@ -48,17 +48,19 @@ def read_wheel(path: Path) -> Wheel:
 def own_wheel(named: Path | None, scratch: Path) -> Wheel:
     """Return this project's wheel: the file named, or else one built from the checkout into `scratch`.
 
-    Raises PackageError if it is another project's, or if there is neither a file nor a checkout.
+    Raises ProvisioningError if it is another project's, or if there is neither a file nor a checkout.
     """
     wheel = read_wheel(named if named is not None else _build(scratch))
     if wheel.name != "clipcast":
-        raise PackageError(f"{wheel.path} is a wheel of {wheel.name}, not of clipcast: name clipcast's own with --wheel")
+        raise ProvisioningError(
+            f"{wheel.path} is a wheel of {wheel.name}, not of clipcast: name clipcast's own with --wheel"
+        )
     return wheel
 
 
 def _build(scratch: Path) -> Path:
     if not (CHECKOUT / "pyproject.toml").exists():
-        raise PackageError(
+        raise ProvisioningError(
             "this clipcast is installed, and no checkout to build a wheel from: name one with --wheel. "
             "`pip wheel --no-deps .` builds it in a clone"
         )
@@ -68,7 +70,7 @@ def _build(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *offline, "--wheel-dir", str(scratch), str(CHECKOUT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise PackageError(
+        raise ProvisioningError(
             f"the wheel cannot be built in {CHECKOUT}:\n{done.stderr.strip()}\nBuild it, and name it with --wheel"
         )
     (built,) = scratch.glob("clipcast-*.whl")
@@ -76,14 +78,14 @@ def _build(scratch: Path) -> Path:
 
 
 def require_pip() -> None:
-    """Raise PackageError if this Python has no pip."""
+    """Raise ProvisioningError if this Python has no pip."""
     if find_spec("pip") is None:
-        raise PackageError(f"{sys.executable} has no pip: `{sys.executable} -m ensurepip` installs it")
+        raise ProvisioningError(f"{sys.executable} has no pip: `{sys.executable} -m ensurepip` installs it")
 
 
 def require_program(name: str, package: str) -> str:
-    """Return a program's path; raises PackageError naming the Debian package that has it."""
+    """Return a program's path; raises ProvisioningError naming the Debian package that has it."""
     path = shutil.which(name)
     if path is None:
-        raise PackageError(f"{name} is not installed: on Debian or Ubuntu `sudo apt-get install {package}`")
+        raise ProvisioningError(f"{name} is not installed: on Debian or Ubuntu `sudo apt-get install {package}`")
     return path

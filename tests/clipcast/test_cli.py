@@ -72,6 +72,8 @@ def test_the_version_needs_no_command(tmp_path: Path) -> None:
             "device wheelhouse",
             "device provision",
             "device revoke",
+            "device package",
+            "device wheelhouse",
             "ca init",
             "ca issue",
             "ca revoke",
@@ -88,6 +90,10 @@ def test_the_version_needs_no_command(tmp_path: Path) -> None:
 )
 def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
     assert f"clipcast {command}" in clipcast(*command.split(), "--help", cwd=tmp_path).stdout.split("Example")[1]
+
+
+def test_the_version_needs_no_command(tmp_path: Path) -> None:
+    assert clipcast("--version", cwd=tmp_path).stdout == f"clipcast {distribution('clipcast').version}\n"
 
 
 def test_init_writes_settings_that_load_and_keeps_what_is_there(tmp_path: Path) -> None:
