@@ -5,6 +5,7 @@ A platform is no part of a profile: an Orin Nano may run two.
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -39,8 +40,15 @@ class Wheel(Frozen):
         """Return the command that installs it; empty if no index has it."""
         if not self.requirement:
             return ""
-        index = f" --extra-index-url {self.index}" if self.index else ""
-        return " ".join(("pip install" + index, *(f"'{part}'" for part in (self.requirement, *self.also))))
+        if not self.index:
+            return _pip(self.requirement, *self.also)
+        # From there alone: of two indexes pip takes the newer version, and that is the one that cannot run.
+        alone = _pip("--no-deps", "--index-url", self.index, self.requirement)
+        return f"{alone} && {_pip(*self.also)}" if self.also else alone
+
+
+def _pip(*words: str) -> str:
+    return shlex.join(("pip", "install", *words))
 
 
 class Platform(Frozen):

@@ -52,9 +52,7 @@ def own_wheel(named: Path | None, scratch: Path) -> Wheel:
     """
     wheel = read_wheel(named if named is not None else _build(scratch))
     if wheel.name != "clipcast":
-        raise ProvisioningError(
-            f"{wheel.path} is a wheel of {wheel.name}, not of clipcast: name clipcast's own with --wheel"
-        )
+        raise ProvisioningError(f"{wheel.path} is a wheel of {wheel.name}: name clipcast's own with --wheel")
     return wheel
 
 

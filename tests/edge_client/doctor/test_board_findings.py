@@ -80,7 +80,7 @@ def test_swap_on_a_disk_and_zram_on_a_workstation_are_fine(findings, root, devic
 
 def test_where_a_package_comes_from_depends_on_the_platform(tmp_path):
     orin = detect(roots.ORIN_NANO_SUPER.write(tmp_path / "6"))
-    assert "jp6/cu126 'bitsandbytes'" in source(orin, "bitsandbytes")
+    assert "jp6/cu126 bitsandbytes" in source(orin, "bitsandbytes")
     newer = detect(roots.ORIN_NANO_JP7.write(tmp_path / "7"))
     assert source(newer, "torch") == "pip install 'torch>=2.15'"
     assert "CMAKE_CUDA_ARCHITECTURES=87" in source(newer, "onnxruntime-gpu")

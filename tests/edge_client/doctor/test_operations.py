@@ -64,7 +64,7 @@ def test_a_layer_that_does_not_run_is_worse_if_the_profile_asks_for_it(this_mach
 @pytest.mark.parametrize(
     ("profile", "is_client", "state", "words"),
     [
-        ("generic-cpu", False, "ok", "this device answers only. To train: pip install 'torch'"),
+        ("generic-cpu", False, "ok", "this device answers only. To train: pip install torch"),
         ("generic-cpu", True, "fail", "a client trains"),
         ("jetson-xavier-nx-8gb", False, "ok", "this device answers only"),
     ],
@@ -86,7 +86,7 @@ def test_a_torch_that_does_not_load_is_a_failure_where_one_would_train(this_mach
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     (finding,) = examine_training(this_machine)
     assert (finding.state, finding.measured) == ("fail", "cannot be loaded: libcudart.so.13: cannot open shared object file")
-    assert finding.cure == "pip install 'torch'"
+    assert finding.cure == "pip install torch"
 
 
 def test_a_provider_that_was_not_built_in_is_worse_if_it_is_the_last(monkeypatch):

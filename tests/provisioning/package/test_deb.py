@@ -152,7 +152,7 @@ def test_what_cannot_be_packed_is_refused_with_a_cure(tmp_path: Path, monkeypatc
     (tmp_path / "empty").mkdir()
     with pytest.raises(ProvisioningError, match="holds no wheels: `clipcast device wheelhouse"):
         build_package(tmp_path, "infer", own, tmp_path / "empty")
-    with pytest.raises(ProvisioningError, match="is a wheel of pillow, not of clipcast"):
+    with pytest.raises(ProvisioningError, match="is a wheel of pillow: name clipcast"):
         build_package(tmp_path, "infer", write_wheel(tmp_path, "pillow", "10.3"))
     with pytest.raises(ProvisioningError, match="lacks bitsandbytes, torch, which a device needs to train"):
         build_package(tmp_path, "train", own, wheelhouse(tmp_path / "to-answer"))
