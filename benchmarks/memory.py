@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--shape vit-b-32] [--bits 4] [--batch 16] [--checkpointing] [--json]
 
-Without options all cases of the README. Each case runs in a process of its own: it loads the model by path as a client does,
-takes two steps on pictures of noise, and the peak of its memory that is no file's (RssAnon, looked at every 2 ms) counts.
+Without options all cases of docs/devices.md. Each case runs in a process of its own: it loads the model by path as a client
+does and takes two steps on pictures of noise. What counts is the peak of its memory that is no file's (RssAnon, looked at
+every 2 ms).
 """
 
 from __future__ import annotations
@@ -117,14 +118,15 @@ def peak_of(folder: Path, training: Training) -> float:
     return peak.mib
 
 
-def measure(name: str, bits: int, batch: int, checkpointing: bool) -> dict[str, Any]:
-    """Return prediction and measurement of one case, which runs in a process of its own."""
+def measure(name: str, bits: int, batch: int, checkpointing: bool, models: Path) -> dict[str, Any]:
+    """Return prediction and measurement of one case, which runs in a process of its own; models are kept in `models`."""
     shape = SHAPES[name]
     training = Training(4, 4, 0, batch, bits, "float32", "cpu", checkpointing, pictures=2 * batch)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), shape)
-        program = [sys.executable, __file__, "--inside", folder, "--training", json.dumps(asdict(training))]
-        done = subprocess.run(program, capture_output=True, text=True, check=False)
+    folder = models / name
+    if not folder.exists():
+        save_model(folder, shape)
+    program = [sys.executable, __file__, "--inside", str(folder), "--training", json.dumps(asdict(training))]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     measured, predicted = float(done.stdout), predict(shape, training)
@@ -151,11 +153,13 @@ def main() -> None:
         print(peak_of(Path(options.inside), Training(**json.loads(options.training))))
         return
     cases = [(options.shape, options.bits, options.batch, options.checkpointing)] if options.shape else CASES
-    for case in cases:
-        found = measure(*case)
-        print(
-            json.dumps(found) if options.json else "  ".join(f"{key}: {value}" for key, value in found.items()), flush=True
-        )
+    with tempfile.TemporaryDirectory() as models:
+        for case in cases:
+            found = measure(*case, Path(models))
+            print(
+                json.dumps(found) if options.json else "  ".join(f"{key}: {value}" for key, value in found.items()),
+                flush=True,
+            )
     print(
         f"{platform.machine()}, 2 threads, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}", file=sys.stderr
     )
