@@ -52,6 +52,11 @@ def config(
         except OSError as error:
             raise SettingsError(f"{folder} cannot be written: {error}") from error
         typer.echo(f"wrote {path}")
+    if kind is Kind.MOSQUITTO:
+        typer.echo(
+            f"Next: mosquitto -c {folder / 'mosquitto.conf'}. Started by root it drops to the user mosquitto, who must be "
+            f"able to read the broker's key: chown mosquitto {ca / f'{server}.key'}"
+        )
     if not (ca / f"{server}.pem").exists():
         typer.echo(f"its certificate is missing: clipcast ca issue {server} {ca} --host HOST", err=True)
     elif kind is Kind.MOSQUITTO and not (ca / CRL).exists():
