@@ -19,6 +19,7 @@ from clipcast.commands import (
     device,
     doctor,
     export,
+    flashing,
     infer,
     packaging,
     plan,
@@ -40,6 +41,8 @@ app.add_typer(client.app, name="client")
 device.app.command("package")(packaging.package)
 device.app.command("provision")(provisioning.provision)
 device.app.command("wheelhouse")(packaging.wheelhouse)
+device.app.command("overlay")(flashing.overlay)
+device.app.command("flash-plan")(flashing.flash_plan)
 app.add_typer(device.app, name="device")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")

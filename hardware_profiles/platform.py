@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hardware_profiles.facts import Fact, Frozen, made_of, names_in, read_named
+from hardware_profiles.flashing import Flashing
 from hardware_profiles.versions import Range
 
 PLATFORMS = "platforms"
@@ -55,7 +56,7 @@ class Platform(Frozen):
     """A JetPack line, or plain Linux.
 
     `client` says whether a clipcast client can run there; where it cannot, `advice` says what to do instead. `ceilings`
-    are the newest versions that exist for its Python.
+    are the newest versions that exist for its Python. `flash` says how it is flashed, if clipcast plans that.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Platform(Frozen):
     facts: dict[str, Fact]
     ceilings: dict[str, Fact] = Field(default={})
     wheels: tuple[Wheel, ...] = ()
+    flash: Flashing | None = None
 
     def sources(self, package: Package, soc: str | None = None) -> list[Wheel]:
         """Return where a package may come from, on a processor or (None) on any; what runs comes first."""

@@ -59,9 +59,11 @@ class FlashConfig(Frozen):
 
 
 class Flash(Frozen):
-    """How a board is flashed: its USB id in recovery mode, and NVIDIA's configurations for it."""
+    """How a board is flashed: its USB id in recovery mode, NVIDIA's configurations, and what hands do before and after."""
 
     recovery_usb_id: Fact
+    recovery: Fact | None = None
+    after: Fact | None = None
     configs: tuple[FlashConfig, ...]
 
 

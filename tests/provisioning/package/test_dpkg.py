@@ -6,8 +6,10 @@ and no systemd runs. Needs root.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,30 @@ def test_an_image_that_cannot_install_yet_is_left_to_its_first_boot(debs: Path) 
     assert "no room" in said
     assert "clipcast is set up at the next boot" in said
     assert said.endswith("at the next boot, or now by /usr/lib/clipcast/install\ninstalled")
+
+
+def test_the_package_of_a_flashed_image_is_installed_at_its_first_boot_and_the_labs_settings_stay(debs: Path) -> None:
+    script = resources.files("provisioning") / "firstboot" / "install"
+    (debs / "firstboot.deb").write_bytes(script.read_bytes())  # what is named so is copied
+    said = in_a_copy(
+        debs,
+        """
+        set -e
+        mkdir -p /usr/lib/clipcast-firstboot /etc/clipcast
+        cp /one.deb /usr/lib/clipcast-firstboot/clipcast-client.deb
+        cp /firstboot.deb /usr/lib/clipcast-firstboot/install
+        echo "# of the lab" > /etc/clipcast/client.toml
+        sh /usr/lib/clipcast-firstboot/install
+        dpkg-query -W -f "\\${db:Status-Status}\\n" clipcast-client
+        cat /etc/clipcast/client.toml
+        ls /usr/lib/clipcast-firstboot
+        cat /var/lib/clipcast-package.sha256
+        sh /usr/lib/clipcast-firstboot/install && echo again
+        clipcast --version
+        """,
+    )
+    lines = said.splitlines()
+    assert "installed" in lines
+    assert lines[lines.index("# of the lab") + 1] == "install"  # the package's file is gone
+    assert hashlib.sha256((debs / "one.deb").read_bytes()).hexdigest() in lines
+    assert lines[-2:] == ["again", "clipcast 0.1.0"]
