@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def measure(name: str, bits: int, batch: int, checkpointing: bool, models: Path)
     if not folder.exists():
         save_model(folder, shape)
     program = [sys.executable, __file__, "--inside", str(folder), "--training", json.dumps(asdict(training))]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    waits = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that spin while they wait hold each other up
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=waits)
     if done.returncode:
         raise RuntimeError(done.stderr)
     measured, predicted = float(done.stdout), predict(shape, training)

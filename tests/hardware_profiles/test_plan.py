@@ -51,6 +51,15 @@ def test_less_is_less(training):
     assert predict(L14, training).total > memory.total
 
 
+def test_of_pictures_the_pixels_are_kept_or_behind_frozen_blocks_what_comes_out_of_those():
+    def pictures(number, first_block):
+        return predict(L14, replace(TRAINING, pictures=number, first_block=first_block)).pictures
+
+    assert pictures(100, 0) == pytest.approx(100 * 224 * 224 * 3 / 2**20)
+    assert pictures(100, 12) == pytest.approx(100 * 257 * 1024 * 4 / 2**20)
+    assert pictures(10_000, 0) == pictures(10_000, 12) == 512
+
+
 @given(ANY, st.floats(300, 30_000))
 def test_what_fits_fits_and_asks_for_no_more_than_what_was_wanted(wanted, budget):
     found = fit(B32, wanted, budget)
