@@ -31,6 +31,7 @@ echo "free $(df -Pk /opt / 2>/dev/null | awk 'NR==2 {{print $4}}' || true)"
 echo "installed $(dpkg-query -W -f='${{db:Status-Status}} ${{Version}}' {PACKAGE} 2>/dev/null || true)"
 echo "package $(cat {NOTE} 2>/dev/null || true)"
 echo "enrolled $(cat {STATE}/enrolled 2>/dev/null || true)"
+echo "proof $(test -f {TOKEN} && {{ printf 'clipcast enrolment 1\\000'; tr -d '\\n' < {TOKEN}; }} | sha256sum | cut -c1-64)"
 echo "ready $(test -x /opt/clipcast/venv/bin/clipcast && echo yes || true)"
 for file in {ETC}/*; do
     test ! -f "$file" || echo "file $(sha256sum "$file" | cut -c1-64) $(stat -c '%a %U:%G' "$file") $file"
@@ -55,7 +56,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """What is on a board: `enrolled` is the id it has, `package` the SHA-256 of the package that was installed."""
+    """What is on a board: `enrolled` is the id it has, `package` the SHA-256 of the package that was installed.
+
+    `proof` is that of the claim which lies there (protocol/trust/claims.py), None without one.
+    """
 
     machine: str
     hostname: str
@@ -65,6 +69,7 @@ class Found:
     installed: bool
     package: str
     enrolled: str | None
+    proof: str | None
     ready: bool
     files: dict[str, str]
 
@@ -86,6 +91,7 @@ class Found:
                 installed=said["installed"].startswith("installed "),
                 package=said["package"],
                 enrolled=name,
+                proof=said["proof"] or None,
                 ready=said["ready"] == "yes",
                 files=files,
             )

@@ -60,7 +60,7 @@ def provision(
         if check:
             return
         for step in todo:
-            _do(step, board, name, package, coordinator, ca, profile)
+            _do(step, board, found, name, package, coordinator, ca, profile)
         raise typer.Exit(board.code(DOCTOR))
 
 
@@ -73,8 +73,10 @@ def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path |
 
     check_device_name(name)
     registry, config = open_registry(coordinator)
-    known = registry.devices().get(name)
-    if found.enrolled is None and known is not None and not known.revoked:
+    known, enrolment = registry.devices().get(name), registry.enrolment(name)
+    # One that was cut off between its enrolment here and its stamp there has its claim still.
+    asks_again = found.proof is not None and enrolment is not None and found.proof == enrolment.proof
+    if found.enrolled is None and known is not None and not known.revoked and not asks_again:
         raise ProvisioningError(
             f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke "
             f"{name}` first, and this one takes its place"
@@ -84,7 +86,9 @@ def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path |
     return steps(found, name, hashlib.sha256(_package(package)).hexdigest(), files)
 
 
-def _do(step: Step, board: Remote, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str) -> None:
+def _do(
+    step: Step, board: Remote, found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str
+) -> None:
     from provisioning.provision import INSTALL, START
 
     typer.echo(f"{step.why} ...")
@@ -93,22 +97,24 @@ def _do(step: Step, board: Remote, name: str, package: Path, coordinator: Path, 
     elif step.file is not None:
         board.put(step.file.data, step.file.path, step.file.mode, step.file.owner)
     elif step.kind == "enrol":
-        _enrol(board, name, coordinator, ca, profile)
+        _enrol(board, found, name, coordinator, ca, profile)
     else:
         typer.echo(board.run(START).strip() or "started")
 
 
-def _enrol(board: Remote, name: str, coordinator: Path, ca: Path | None, profile: str) -> None:
-    """Make a claim that holds for an hour, and answer the board here: no coordinator has to run."""
+def _enrol(board: Remote, found: Found, name: str, coordinator: Path, ca: Path | None, profile: str) -> None:
+    """Make a claim that holds for an hour, unless the board has one, and answer it here: no coordinator has to run."""
     from clipcast.commands.device import authority_of, open_registry
     from coordinator.enrolment import registrar
     from protocol.trust.claims import Claim
     from provisioning.provision import ENROL, TOKEN, TOKEN_MODE
 
     registry, config = open_registry(coordinator)
-    claim = Claim.make(name)
-    registry.claim(name, claim.proof, int(time.time() + 3600 * HOURS), profile or None)
-    board.put(f"{claim}\n".encode(), TOKEN, *TOKEN_MODE)
+    enrolment = registry.enrolment(name)
+    if found.proof is None or enrolment is None or found.proof != enrolment.proof:
+        claim = Claim.make(name)
+        registry.claim(name, claim.proof, int(time.time() + 3600 * HOURS), profile or None)
+        board.put(f"{claim}\n".encode(), TOKEN, *TOKEN_MODE)
     with registrar(config, authority_of(config, ca)):
         board.run(ENROL)
 

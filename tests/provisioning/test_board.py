@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from coordinator.broker.authority import Authority
 from coordinator.text_bank import make_bank
 from export.artefact import Source, export_artefact
 from protocol.messages import Recipe
+from protocol.trust.claims import Claim
 from tests.faults.lab import Lab, secured_mosquitto
 from tests.provisioning.system import System, mounted, require, sshd, unpack
 
@@ -162,6 +164,23 @@ def test_what_was_changed_there_is_put_right_and_nothing_else(system: System, pr
         "to do: start the client",
     ]
     assert settings.read_text() == wanted
+
+
+def test_a_board_that_was_cut_off_before_its_stamp_asks_again_and_stays_the_same(
+    system: System, provision: Clipcast, home: Path
+) -> None:
+    """As the claim lies there while it asks: keys and certificate are made, the stamp is not."""
+    state, before = system.root / "var/lib/clipcast", clipcast("device", "list")
+    (state / "enrolled").unlink()
+    assert "jetson-1 is another board" in provision("--check", code=PROVISION)
+    token = Claim.make("jetson-1")
+    with sqlite3.connect(home / "state/journal.db") as journal:  # the claim that was used, by a secret that we know
+        journal.execute("UPDATE enrolments SET proof = ?", (token.proof,))
+    journal.close()
+    (system.root / "etc/clipcast/claim.token").write_text(f"{token}\n")
+    assert "let it ask for the certificate of jetson-1" in provision()
+    assert json.loads((state / "enrolled").read_text()) == {"id": "jetson-1"}
+    assert clipcast("device", "list") == before
 
 
 def test_the_board_does_not_become_another_one(system: System, provision: Clipcast) -> None:

@@ -14,9 +14,9 @@ from provisioning.provision import LOOK, Found, Step, Wanted, steps
 
 SETTINGS, CA = Wanted("/etc/clipcast/client.toml", b"data", 0o644), Wanted("/etc/clipcast/ca.pem", b"pem", 0o644)
 FILES = (SETTINGS, CA)
-BARE = Found("aarch64", "nano", "3.10", True, 9000, False, "", None, False, {})
+BARE = Found("aarch64", "nano", "3.10", True, 9000, False, "", None, None, False, {})
 DONE = Found(
-    "aarch64", "nano", "3.10", True, 9000, True, "ab", "jetson-1", True, {file.path: file.seen_as for file in FILES}
+    "aarch64", "nano", "3.10", True, 9000, True, "ab", "jetson-1", None, True, {file.path: file.seen_as for file in FILES}
 )
 
 
