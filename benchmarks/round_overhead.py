@@ -34,7 +34,7 @@ from coordinator.text_bank import make_bank
 from edge_client.config import Placement
 from edge_client.participate import participate
 from edge_client.participation import Participation
-from edge_client.train import Trainer
+from edge_client.trainer import Trainer
 from protocol.client_end import ClientEnd
 from protocol.codec import encode_adapter
 from protocol.coordinator_end import CoordinatorEnd

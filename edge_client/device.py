@@ -16,7 +16,7 @@ from edge_client.data import find_pictures, open_dataset
 from edge_client.participation import Participation
 from edge_client.privacy.budget import Budget
 from edge_client.probes import kernel, quantised
-from edge_client.train import Trainer
+from edge_client.trainer import Trainer
 from edge_client.work import Work
 from hardware_profiles.profile import Profile
 from protocol.messages import Status

@@ -12,7 +12,8 @@ from edge_client.monitor.guard import Guard
 from edge_client.outbox import Outbox
 from edge_client.participation import Announce, Leave, Participation, Send, Step, Train, Withdraw
 from edge_client.priority import give_way
-from edge_client.train import Trainer, TrainingStopped
+from edge_client.train import TrainingStopped
+from edge_client.trainer import Trainer
 from edge_client.work import Work
 from protocol.client_end import ClientEnd
 from protocol.errors import WireError

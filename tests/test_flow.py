@@ -47,7 +47,8 @@ from edge_client.infer import Classifier
 from edge_client.outbox import Outbox
 from edge_client.participate import participate
 from edge_client.participation import Participation
-from edge_client.train import Trainer, TrainingStopped
+from edge_client.train import TrainingStopped
+from edge_client.trainer import Trainer
 from export.artefact import Source, export_artefact
 from hardware_profiles.profile import Profile
 from hardware_profiles.profile import load as load_profile

@@ -17,7 +17,7 @@ from coordinator.recipe import FederationRecipe
 from coordinator.text_bank import make_bank
 from edge_client.config import Placement
 from edge_client.data import find_pictures, open_dataset
-from edge_client.train import Trainer
+from edge_client.trainer import Trainer
 from protocol.codec import decode_update, encode_adapter, encode_bank, reference
 from protocol.events import PlanReady
 from protocol.messages import RoundPlan

@@ -21,7 +21,7 @@ from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.participate import participate
 from edge_client.participation import Participation
-from edge_client.train import Trainer
+from edge_client.trainer import Trainer
 from protocol.bus import MemoryBroker
 from protocol.client_end import ClientEnd
 from protocol.coordinator_end import CoordinatorEnd

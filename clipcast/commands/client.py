@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edge_client.config import ClientConfig
     from edge_client.monitor.guard import Guard
     from edge_client.participation import Participation
-    from edge_client.train import Trainer
+    from edge_client.trainer import Trainer
     from edge_client.work import Work
     from protocol.client_end import ClientEnd
     from protocol.messages import Status

@@ -10,7 +10,7 @@ from edge_client.config import Placement
 from edge_client.encoders import Encoders
 from edge_client.errors import PlanRefusedError
 from edge_client.privacy.budget import virtual_budget
-from edge_client.train import OpenPictures, Trainer
+from edge_client.trainer import OpenPictures, Trainer
 from protocol.events import PlanReady
 from protocol.messages import TrainingResult
 

@@ -17,7 +17,7 @@ import torch
 from clip_lora.towers import default_device
 from clipcast.simulate.engine import new_trainers, place
 from edge_client.encoders import Encoders
-from edge_client.train import OpenPictures, Trainer
+from edge_client.trainer import OpenPictures, Trainer
 from protocol.events import PlanReady
 from protocol.messages import TrainingResult
 from protocol.settings import SettingsError

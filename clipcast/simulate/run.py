@@ -27,7 +27,7 @@ from coordinator.state.store import Store
 from coordinator.text_bank import make_bank
 from edge_client.data import Dataset, Picture
 from edge_client.encoders import Encoders
-from edge_client.train import OpenPictures
+from edge_client.trainer import OpenPictures
 from protocol.bus import MemoryBroker
 from protocol.coordinator_end import CoordinatorEnd
 from protocol.link import Link

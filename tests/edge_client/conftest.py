@@ -19,7 +19,7 @@ from edge_client.data import Dataset, find_pictures, open_dataset
 from edge_client.encoder import ImageEncoder
 from edge_client.encoders import Encoders
 from edge_client.privacy.budget import Budget
-from edge_client.train import Trainer
+from edge_client.trainer import Trainer
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.events import PlanReady
 from protocol.messages import Recipe, RoundPlan, TextBank

@@ -54,7 +54,7 @@ def _unit(rows: FloatArray) -> FloatArray:
 
 
 class LightTrainer:
-    """Stands where edge_client/train.py's Trainer stands; takes `seconds` for a round."""
+    """Stands where edge_client/trainer.py's Trainer stands; takes `seconds` for a round."""
 
     def __init__(self, client: str, seconds: float = 0.0) -> None:
         self._client = client

@@ -1,6 +1,6 @@
 """A training without pictures: real optimiser, real checkpoints, gradients drawn from seed, round and client.
 
-It stands where edge_client/train.py's Trainer stands and can be left between any two steps, as a power cut leaves it.
+It stands where edge_client/trainer.py's Trainer stands and can be left between any two steps, as a power cut leaves it.
 """
 
 from __future__ import annotations
