@@ -31,8 +31,9 @@ from protocol.errors import Refused, WireError
 from protocol.mqtt import MqttBus
 from protocol.settings import SettingsError
 from protocol.topics import Topics, parse
+from protocol.trust import succession
 from protocol.trust.claims import EnrolAnswer, EnrolRequest, claimed_id, seal, unseal
-from protocol.trust.signing import Signer, key_bytes
+from protocol.trust.signing import key_bytes, public_key_of
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Registrar:
         authority: Authority,
         registry: Registry,
         coordinator_key: str,
+        succession: bytes = b"",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.topics = Topics(federation)
@@ -56,6 +58,7 @@ class Registrar:
         self._authority = authority
         self._registry = registry
         self._key = coordinator_key
+        self._succession = succession.decode() or None
         self._clock = clock
 
     def handle(self, event: Event) -> list[Publish | Subscribe]:
@@ -89,7 +92,7 @@ class Registrar:
         except Refused as error:
             self._refused(error)
             return seal(said(refused=str(error)[:500]), enrolment.proof)
-        return seal(said(certificate=certificate, coordinator_key=self._key), enrolment.proof)
+        return seal(said(certificate=certificate, coordinator_key=self._key, succession=self._succession), enrolment.proof)
 
     def _certificate(self, request: EnrolRequest, enrolment: Enrolment, proof: str) -> str:
         """Return the certificate of a board whose claim is good; the same again to a board that did not hear of it."""
@@ -99,6 +102,10 @@ class Registrar:
                 raise Refused(
                     "claim-expired", f"the claim of {name} has expired: `clipcast device add {name}` makes another"
                 )
+            try:
+                self._authority.check_device(name)
+            except SettingsError as error:
+                raise Refused("name-taken", str(error)) from error
             made = self._authority.certify(name, request.csr)
             used = self._registry.enrol(name, proof, keys, made, request.key)
             if used is None:
@@ -138,7 +145,9 @@ def registrar(config: CoordinatorConfig, folder: Path) -> Iterator[MqttBus]:
     KeyFileError, BusError.
     """
     authority, journal = Authority.open(folder), Journal(config.state, config.journal)
-    made = Registrar(config.federation, authority, Registry(journal), Signer.open(config.state).public)
+    public = public_key_of(config.state)
+    chain = succession.load(config.state, config.federation, public)
+    made = Registrar(config.federation, authority, Registry(journal), public, chain)
     bus, stop = MqttBus.open(config.broker, f"{config.federation}:registrar:{secrets.token_hex(4)}"), threading.Event()
     thread = threading.Thread(target=attend, args=(bus, made, stop), name="registrar", daemon=True)
     thread.start()

@@ -77,9 +77,13 @@ class ClientConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _named_by_enrolment(cls, data: Any, info: ValidationInfo) -> Any:
-        if not isinstance(data, dict) or "id" in data or not isinstance(data.get("state"), str):
+        if not isinstance(data, dict) or not isinstance(data.get("state"), str):
             return data
         name = enrolled_id(Path(beside(data["state"], info)))
+        if "id" in data:
+            if name not in (None, data["id"]):
+                raise ValueError(f"this device was enrolled as {name!r}, `id` says another: leave `id` out")
+            return data
         if name is None:
             raise ValueError("this device has no id yet: `clipcast client enrol` gets it one, or write `id` here")
         return {"id": name, **data}

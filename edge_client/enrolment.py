@@ -7,11 +7,12 @@ keys ask again, and get the same answer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cryptography import x509
@@ -25,10 +26,11 @@ from protocol.bus import Bus, Connected, Delivery, Disconnected, Publish, Subscr
 from protocol.errors import WireError
 from protocol.messages import Name
 from protocol.settings import BrokerSettings, SettingsError, beside, load_settings
-from protocol.storage.files import make_folder, write_atomic
+from protocol.storage.files import lock_folder, make_folder, write_atomic
 from protocol.topics import Topics
 from protocol.trust.claims import Claim, EnrolAnswer, EnrolRequest, seal, unseal
 from protocol.trust.signing import Signer
+from protocol.trust.succession import newest
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,20 @@ def enrolled_id(state: Path) -> str | None:
     return str(name)
 
 
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Keep other processes out of a state folder: two that enrol at once would make two keys. Raises StateError."""
+    try:
+        make_folder(state)
+        lock = lock_folder(state)
+    except BlockingIOError as error:
+        raise StateError(f"another clipcast is at work in {state}: wait for it, or stop it") from error
+    except OSError as error:
+        raise StateError(f"{state} cannot be written: {error}") from error
+    with lock:
+        yield
+
+
 class Newcomer:
     """A board that asks for its certificate, with keys that it keeps. Raises StateError, KeyFileError."""
 
@@ -128,14 +144,17 @@ class Newcomer:
         answer = unseal(token, self._claim.proof, EnrolAnswer, self.topics.federation, self.nonce)
         if answer.certificate is None or answer.coordinator_key is None:
             raise EnrolmentError(f"the coordinator refuses: {answer.refused}")
-        if self._expected not in (None, answer.coordinator_key):
+        expected, chain = self._expected, (answer.succession or "").encode()
+        if expected is not None and newest(chain, self.topics.federation, expected) != answer.coordinator_key:
             raise EnrolmentError(
                 f"the coordinator who answers has the key {answer.coordinator_key}, and `coordinator_key` in the settings "
                 f"is another: correct it, or remove it to trust the claim alone"
             )
         certificate = x509.load_pem_x509_certificate(answer.certificate.encode())
-        if certificate.public_key() != self._key.public_key():
-            raise EnrolmentError("the certificate is for another key than this board's: see the coordinator's log")
+        (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        kept = _tls_key(self._state / KEY)
+        if certificate.public_key() != kept.public_key() or name.value != self._claim.id:
+            raise EnrolmentError("the certificate is for another key or name than this board's: see the coordinator's log")
         try:
             write_atomic(self._state / CERTIFICATE, answer.certificate.encode())
             write_atomic(self._state / COORDINATOR_KEY, answer.coordinator_key.encode())

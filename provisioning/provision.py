@@ -122,7 +122,7 @@ def files_of(site: Site) -> list[Wanted]:
     ]
 
 
-Kind = Literal["package", "file", "enrol", "start"]
+Kind = Literal["package", "file", "enrol", "clean", "start"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ def steps(found: Found, name: str, package: str, files: Iterable[Wanted]) -> lis
             )
     if found.enrolled is None:
         todo.append(Step("enrol", f"it is nobody yet: let it ask for the certificate of {name}"))
+    elif TOKEN in found.files:
+        todo.append(Step("clean", "its claim was used and still lies there: remove it"))
     if todo:
         todo.append(Step("start", "start the client"))
     return todo
@@ -166,12 +168,15 @@ umask 022
 file=$(mktemp /var/tmp/clipcast-XXXXXX.deb)
 trap 'rm -f "$file"' EXIT
 cat > "$file"
+echo "$SHA256 $file" | sha256sum -c --status
 export DEBIAN_FRONTEND=noninteractive
 if ! dpkg --force-confold --force-confdef -i "$file"; then
     apt-get -y -o Dpkg::Options::=--force-confold --fix-broken install
 fi
+# What dpkg says of itself is not enough: after a failure it may say that the version before is well.
+dpkg-deb --fsys-tarfile "$file" | tar -xO ./usr/lib/clipcast/build | cmp -s - /usr/lib/clipcast/build
 /usr/lib/clipcast/install
-sha256sum "$file" | cut -c1-64 > {NOTE}
+echo "$SHA256" > {NOTE}
 """
 ENROL = f"""\
 set -e
@@ -181,6 +186,7 @@ if [ -d /run/systemd/system ]; then systemctl start clipcast-enrol.service; else
 fi
 rm -f {TOKEN}
 """
+CLEAN = f"rm -f {TOKEN}"
 START = """\
 if ! [ -e /etc/systemd/system/multi-user.target.wants/clipcast-client.service ]; then echo "it answers pictures only"
 elif [ -d /run/systemd/system ]; then systemctl restart clipcast-client.service && echo "the client runs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shlex
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ class Remote:
                         ) from error
                 yield remote
             finally:
-                subprocess.run(["ssh", *every, "-O", "exit", host], check=False, capture_output=True)
+                subprocess.run(["ssh", *every, "-O", "exit", "--", host], check=False, capture_output=True)
 
     def run(self, script: str, data: bytes = b"", *, told: bool = False) -> str:
         """Run a shell script as root, with `data` as its input; return what it prints, or (`told`) let it print here.
@@ -70,8 +71,9 @@ class Remote:
     def put(self, data: bytes, path: str, mode: int, owner: str = "root:root") -> None:
         """Write a file there, whole or not at all."""
         target, fresh = shlex.quote(path), shlex.quote(f"{path}.new")
+        folder = shlex.quote(str(Path(path).parent))
         self.run(
-            f"set -e; umask 077; mkdir -p -m 755 {shlex.quote(str(Path(path).parent))}; cat > {fresh}; "
+            f"set -e; umask 077; mkdir -p -m 755 {folder}; cat > {fresh}; {whole(data, fresh)}; "
             f"chown {owner} {fresh}; chmod {mode:o} {fresh}; sync {fresh}; mv {fresh} {target}",
             data,
         )
@@ -81,11 +83,20 @@ class Remote:
         out = None if told else subprocess.PIPE
         try:
             done = subprocess.run(
-                ["ssh", *self._options, self.host, command], input=data, stdout=out, stderr=subprocess.PIPE, check=False
+                ["ssh", *self._options, "--", self.host, command],
+                input=data,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                check=False,
             )
         except FileNotFoundError as error:
             raise ProvisioningError("there is no ssh here: apt-get install openssh-client") from error
         return done.returncode, (done.stdout or b"").decode(errors="replace"), done.stderr.decode(errors="replace")
+
+
+def whole(data: bytes, path: str) -> str:
+    """Return a command that fails unless a file there holds this: a connection that breaks off looks like an end."""
+    return f"echo {hashlib.sha256(data).hexdigest()} {path} | sha256sum -c --status"
 
 
 def _end(text: str) -> str:

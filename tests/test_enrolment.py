@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from coordinator.broker.authority import Authority
 from coordinator.enrolment import Registrar
 from coordinator.state.journal import Journal
 from coordinator.state.registry import Registry
-from edge_client.enrolment import Newcomer, enrol, enrolled_id
-from edge_client.errors import EnrolmentError
+from edge_client.enrolment import Newcomer, enrol, enrolled_id, locked
+from edge_client.errors import EnrolmentError, StateError
 from protocol.bus import Connected, Delivery, MemoryBroker, Publish, Subscribe
 from protocol.settings import SettingsError
+from protocol.trust import succession
 from protocol.trust.claims import Claim, EnrolRequest, seal
-from protocol.trust.signing import Signer
+from protocol.trust.signing import Signer, public_key_of
 
 NOW = 1_000_000.0
 KEY = Signer().public
@@ -40,7 +43,7 @@ class Office:
         self.authority = Authority.create(folder / "ca", "lab")
         self.journal = Journal(folder / "state", journal)
         self.registry = Registry(self.journal)
-        self.registrar = Registrar("lab", self.authority, self.registry, KEY, lambda: self.now)
+        self.registrar = Registrar("lab", self.authority, self.registry, KEY, b"", lambda: self.now)
 
     def claim(self, name: str, seconds: float = 60.0) -> Claim:
         claim = Claim.make(name)
@@ -236,6 +239,58 @@ def test_a_board_that_is_told_whom_to_believe_believes_nobody_else(office: Offic
     with pytest.raises(EnrolmentError, match="`coordinator_key` in the settings"):
         office.enrol(newcomer)
     assert enrolled_id(tmp_path / "board") is None
+
+
+def test_a_board_that_knows_an_earlier_key_is_led_to_the_newest(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    old = public_key_of(folder)
+    new = succession.rotate(folder, "lab")
+    office = Office(tmp_path)
+    office.registrar = Registrar(
+        "lab", office.authority, office.registry, new, succession.load(folder, "lab", new), lambda: NOW
+    )
+    office.enrol(Newcomer("lab", office.claim("jetson-1"), tmp_path / "board", old))
+    assert (tmp_path / "board" / "coordinator.key").read_text() == new
+    office.journal.close()
+
+
+@pytest.mark.parametrize("name", ["broker", "ca", "crl"])
+def test_no_device_takes_the_name_of_a_server_or_of_the_authority(office: Office, tmp_path: Path, name: str) -> None:
+    office.authority.issue("broker", ["labserver"])
+    before = {path.name: path.read_bytes() for path in office.authority.folder.iterdir()}
+    with pytest.raises(EnrolmentError, match="name"):
+        office.enrol(Newcomer("lab", office.claim(name), tmp_path / "board"))
+    assert {path.name: path.read_bytes() for path in office.authority.folder.iterdir()} == {**before, ".lock": b""}
+    assert not office.registry.devices()
+
+
+def test_revocations_by_several_processes_are_all_on_the_list(office: Office) -> None:
+    names = [f"jetson-{number}" for number in range(12)]
+    for name in names:
+        office.authority.issue(name)
+    code = (
+        "import sys, pathlib, coordinator.broker.authority as a\n"
+        "for name in sys.argv[2:]: a.Authority.open(pathlib.Path(sys.argv[1])).revoke(name)"
+    )
+    folder, environment = str(office.authority.folder), {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    running = [subprocess.Popen([sys.executable, "-c", code, folder, *names[part::3]], env=environment) for part in range(3)]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    revoked = x509.load_pem_x509_crl((office.authority.folder / "crl.pem").read_bytes())
+    assert len(list(revoked)) == len(names)
+
+
+def test_only_one_process_enrols_a_board_at_a_time(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "board"),
+        pytest.raises(StateError, match="another clipcast is at work"),
+        locked(tmp_path / "board"),
+    ):
+        pass
+
+
+def test_the_journals_folder_is_its_owners_alone(office: Office, tmp_path: Path) -> None:
+    office.claim("jetson-1")
+    assert (tmp_path / "state").stat().st_mode & 0o077 == 0
 
 
 def test_a_broker_that_answers_in_the_coordinators_place_is_not_believed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import threading
@@ -16,12 +17,14 @@ from clipcast.commands.files import write_new
 
 if TYPE_CHECKING:
     from edge_client.config import ClientConfig
+    from edge_client.enrolment import NewcomerConfig
     from edge_client.monitor.guard import Guard
     from edge_client.participation import Participation
     from edge_client.trainer import Trainer
     from edge_client.work import Work
     from protocol.client_end import ClientEnd
     from protocol.messages import Status
+    from protocol.trust.claims import Claim
 
 app = typer.Typer(help="An edge client: trains a LoRA adapter on pictures that never leave the device.")
 
@@ -146,23 +149,33 @@ def enrol(
 
     Example: `clipcast client enrol /etc/clipcast/client.toml`
     """
-    from edge_client.enrolment import Newcomer, enrolled_id, load
-    from edge_client.enrolment import enrol as ask
-    from protocol.mqtt import MqttBus
+    from edge_client.enrolment import enrolled_id, load, locked
+    from protocol.settings import SettingsError
 
     config = load(path)
     known = enrolled_id(config.state)
     if known is not None:
         typer.echo(f"this device is {known} already: nothing to do. Remove {config.state / 'enrolled'} to enrol it anew")
         return
+    if os.geteuid() == 0 and config.state.exists() and config.state.stat().st_uid != 0:
+        raise SettingsError(f"{config.state} belongs to another user, who could not read what root writes: run it as that")
     claim = config.claim()
+    with locked(config.state):
+        _ask(config, claim, wait)
+    typer.echo(f"this device is {claim.id}. Next: clipcast client run {path}")
+
+
+def _ask(config: NewcomerConfig, claim: Claim, wait: float) -> None:
+    from edge_client.enrolment import Newcomer
+    from edge_client.enrolment import enrol as ask
+    from protocol.mqtt import MqttBus
+
     newcomer = Newcomer(config.federation, claim, config.state, config.coordinator_key)
     bus = MqttBus.open(config.door(), f"{config.federation}:enrol:{newcomer.nonce}")
     try:
         ask(bus, newcomer, wait)
     finally:
         bus.close()
-    typer.echo(f"this device is {claim.id}. Next: clipcast client run {path}")
 
 
 @app.command()

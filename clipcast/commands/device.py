@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import signal
 import threading
 import time
@@ -68,6 +69,7 @@ def add(
     *,
     profile: Annotated[str, typer.Option(help="Its kind: a name from `clipcast profiles list`.")] = "",
     hours: Annotated[float, typer.Option(help="How long the claim holds.", min=0.01)] = HOURS,
+    out: Annotated[Path | None, typer.Option(help="Write the token into this new file, for nobody else to read.")] = None,
     offline: Annotated[Path | None, typer.Option(help="Make keys and certificate here, into this new folder.")] = None,
     ca: Authority = None,
 ) -> None:
@@ -76,8 +78,8 @@ def add(
     Without a key it prints a token, for `claim.token` on the board: `clipcast client enrol` there makes the keys, and gets
     a certificate. A running coordinator knows within 5 s. A known device keeps its key until the claim is used.
 
-    Example: `clipcast device add jetson-1 --profile jetson-orin-nano-8gb`, `clipcast device add jetson-1 KEY`,
-    `clipcast device add jetson-1 --offline jetson-1-identity --ca ca`
+    Example: `clipcast device add jetson-1 --profile jetson-orin-nano-8gb --out claim.token`,
+    `clipcast device add jetson-1 KEY`, `clipcast device add jetson-1 --offline jetson-1-identity --ca ca`
     """
     from protocol.settings import SettingsError
 
@@ -92,7 +94,7 @@ def add(
     elif key:
         _take_key(name, key, registry, profile or None)
     else:
-        _make_claim(name, hours, registry, profile or None)
+        _make_claim(name, hours, registry, profile or None, out)
 
 
 @app.command()
@@ -181,13 +183,23 @@ def _take_key(name: str, key: str, registry: Registry, profile: str | None) -> N
     typer.echo(f"{name} may take part with key {key}")
 
 
-def _make_claim(name: str, hours: float, registry: Registry, profile: str | None) -> None:
-    """Print the token alone on stdout: it goes into a file, and stands nowhere else."""
+def _make_claim(name: str, hours: float, registry: Registry, profile: str | None, out: Path | None) -> None:
+    """Print the token alone on stdout, or write it: it stands nowhere else."""
+    from protocol.settings import SettingsError
     from protocol.trust.claims import Claim
 
     known, claim, expires = registry.devices().get(name), Claim.make(name), time.time() + 3600 * hours
     registry.claim(name, claim.proof, int(expires), profile)
-    typer.echo(str(claim))
+    if out is None:
+        typer.echo(str(claim))
+    else:
+        try:
+            with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(f"{claim}\n")
+        except OSError as error:
+            raise SettingsError(
+                f"{out} cannot be written ({error.strerror}): name a new file, a claim made anew counts"
+            ) from error
     also = f" {name} is known: whoever uses the claim takes its place." if known else ""
     typer.echo(
         f"one board may use this once, until {_date(expires)}.{also} The broker's rules hold for it as they are: they go by "
@@ -201,10 +213,10 @@ def _make_identity(
 ) -> None:
     from coordinator.broker.authority import Authority as Issuer
     from coordinator.identity import write_identity
-    from protocol.trust.signing import Signer
+    from protocol.trust.signing import public_key_of
 
     issuer = Issuer.open(authority_of(config, ca))
-    key = write_identity(folder, name, issuer, Signer.open(config.state).public)
+    key = write_identity(folder, name, issuer, public_key_of(config.state))
     registry.add(name, key, profile)
     typer.echo(
         f"{name} may take part with key {key}. Copy {folder} to its state folder, and delete it here: it holds its keys"

@@ -12,6 +12,7 @@ import typer
 from clipcast.exit_codes import WARNINGS
 
 if TYPE_CHECKING:
+    from coordinator.state.registry import Registry
     from provisioning.provision import Found, Step
     from provisioning.remote import Remote
 
@@ -66,22 +67,14 @@ def provision(
 
 def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, broker: str, data: str) -> list[Step]:
     from clipcast.commands.device import authority_of, check_device_name, open_registry
-    from protocol.trust.signing import Signer
-    from provisioning.errors import ProvisioningError
+    from protocol.trust.signing import public_key_of
     from provisioning.provision import files_of, steps
     from provisioning.site import PICTURES, Site
 
     check_device_name(name)
     registry, config = open_registry(coordinator)
-    known, enrolment = registry.devices().get(name), registry.enrolment(name)
-    # One that was cut off between its enrolment here and its stamp there has its claim still.
-    asks_again = found.proof is not None and enrolment is not None and found.proof == enrolment.proof
-    if found.enrolled is None and known is not None and not known.revoked and not asks_again:
-        raise ProvisioningError(
-            f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke "
-            f"{name}` first, and this one takes its place"
-        )
-    Signer.open(config.state)  # the first time it makes the coordinator's key, which the board is given
+    _check_free(registry, found, name)
+    public_key_of(config.state)  # the first time it makes the coordinator's key, which the board is given
     files = files_of(Site.read(coordinator, authority_of(config, ca), broker or None, data or PICTURES))
     return steps(found, name, hashlib.sha256(_package(package)).hexdigest(), files)
 
@@ -89,13 +82,16 @@ def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path |
 def _do(
     step: Step, board: Remote, found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str
 ) -> None:
-    from provisioning.provision import INSTALL, START
+    from provisioning.provision import CLEAN, INSTALL, START
 
     typer.echo(f"{step.why} ...")
     if step.kind == "package":
-        board.run(INSTALL, _package(package))
+        data = _package(package)
+        board.run(f"SHA256={hashlib.sha256(data).hexdigest()}\n{INSTALL}", data)
     elif step.file is not None:
         board.put(step.file.data, step.file.path, step.file.mode, step.file.owner)
+    elif step.kind == "clean":
+        board.run(CLEAN)
     elif step.kind == "enrol":
         _enrol(board, found, name, coordinator, ca, profile)
     else:
@@ -110,13 +106,33 @@ def _enrol(board: Remote, found: Found, name: str, coordinator: Path, ca: Path |
     from provisioning.provision import ENROL, TOKEN, TOKEN_MODE
 
     registry, config = open_registry(coordinator)
-    enrolment = registry.enrolment(name)
-    if found.proof is None or enrolment is None or found.proof != enrolment.proof:
+    _check_free(registry, found, name)  # the installation took minutes
+    if not _has_claim(registry, found, name):
         claim = Claim.make(name)
         registry.claim(name, claim.proof, int(time.time() + 3600 * HOURS), profile or None)
         board.put(f"{claim}\n".encode(), TOKEN, *TOKEN_MODE)
     with registrar(config, authority_of(config, ca)):
         board.run(ENROL)
+
+
+def _has_claim(registry: Registry, found: Found, name: str) -> bool:
+    """Whether the board has this name's claim, and may still use it: one that it has used was not heard of there."""
+    enrolment = registry.enrolment(name)
+    if found.proof is None or enrolment is None or found.proof != enrolment.proof:
+        return False
+    return enrolment.used_by is not None or time.time() < (enrolment.expires or 0)
+
+
+def _check_free(registry: Registry, found: Found, name: str) -> None:
+    """Raise ProvisioningError if another board has the name."""
+    from provisioning.errors import ProvisioningError
+
+    known = registry.devices().get(name)
+    if found.enrolled is None and known is not None and not known.revoked and not _has_claim(registry, found, name):
+        raise ProvisioningError(
+            f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke "
+            f"{name}` first, and this one takes its place"
+        )
 
 
 def _package(path: Path) -> bytes:

@@ -7,9 +7,11 @@ keys of their own (protocol/trust/signing.py).
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import fcntl
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -26,7 +28,8 @@ from protocol.settings import SettingsError
 from protocol.storage.files import write_atomic
 
 CA = "ca"
-CRL = "crl.pem"
+CRL, LOCK = "crl.pem", ".lock"
+OWN = (CA, CRL.removesuffix(".pem"))
 YEARS = 20
 START = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
 
@@ -78,7 +81,11 @@ class Authority:
 
         Returns the certificate's path; raises SettingsError if there is one of this name, or a host cannot be used.
         """
-        if name in (CA, CRL.removesuffix(".pem")):
+        with self._alone():
+            return self._issue(name, hosts)
+
+    def _issue(self, name: str, hosts: Sequence[str]) -> Path:
+        if name in OWN:
             raise SettingsError(
                 f"{self.folder / name}.pem exists and is the authority's own: give the certificate another name"
             )
@@ -100,6 +107,26 @@ class Authority:
 
         What stood there is another device of this name, which this one replaces: it is revoked. Raises SettingsError.
         """
+        with self._alone():
+            self.check_device(name)
+            self._keep(name, certificate)
+
+    def check_device(self, name: str) -> None:
+        """Raise SettingsError for a name that is taken by what is no device: the authority itself, or a server."""
+        path = self.folder / f"{name}.pem"
+        if name in OWN:
+            raise SettingsError(f"{name!r} is the authority's own name: no device can have it")
+        try:
+            found = x509.load_pem_x509_certificate(path.read_bytes())
+            uses = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, x509.ExtensionNotFound) as error:
+            raise SettingsError(f"{path} is no device's certificate: give the device another name") from error
+        if ExtendedKeyUsageOID.CLIENT_AUTH not in uses:
+            raise SettingsError(f"{path} is a server's certificate: give the device another name")
+
+    def _keep(self, name: str, certificate: str) -> None:
         path, made = self.folder / f"{name}.pem", x509.load_pem_x509_certificate(certificate.encode())
         if made.serial_number in {old.serial_number for old in self._revoked()}:
             return
@@ -107,7 +134,7 @@ class Authority:
             if path.exists() and path.read_text() == certificate:
                 return
             if path.exists():
-                self.revoke(name)
+                self._revoke(name)
             write_atomic(path, certificate.encode())
             path.chmod(0o644)
         except OSError as error:
@@ -132,6 +159,20 @@ class Authority:
         Returns the list's path. A repetition after a crash ends in the same. Raises SettingsError if there is no such
         certificate.
         """
+        with self._alone():
+            return self._revoke(name)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process change the folder meanwhile: the list of the revoked is read and written again."""
+        try:
+            with (self.folder / LOCK).open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except PermissionError as error:
+            raise SettingsError(f"{self.folder} cannot be written: {error}") from error
+
+    def _revoke(self, name: str) -> Path:
         path = self.folder / f"{name}.pem"
         try:
             certificate = x509.load_pem_x509_certificate(path.read_bytes())

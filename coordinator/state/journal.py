@@ -7,6 +7,7 @@ after them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,8 @@ class Journal:
         """Make the tables that are not there yet; also while a coordinator is at work. Raises FederationError."""
         try:
             make_folder(self._folder)
+            with contextlib.suppress(PermissionError):
+                self._folder.chmod(0o700)  # who reads a claim's proof can use the claim
         except OSError as error:
             raise not_written(self._folder, error) from error
         with self._told(), self._connect() as connection, connection.begin():

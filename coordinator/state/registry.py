@@ -57,9 +57,10 @@ class Registry:
         """Cut a device off, and void the claim of its name; return whether there was either."""
         self._journal.make_tables()
         with self._journal.writing() as connection:
-            done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
+            # The claim first, as `enrol` does: one that is being used meanwhile is waited for, and its device is seen then.
             claim = ENROLMENTS.c.client == client, ENROLMENTS.c.proof.is_not(None)
             void = connection.execute(update(ENROLMENTS).where(*claim).values(proof=None, expires=None))
+            done = connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(revoked=True))
         return done.rowcount + void.rowcount > 0
 
     def enrolments(self) -> dict[str, Enrolment]:

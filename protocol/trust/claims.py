@@ -22,10 +22,11 @@ from protocol.envelope import RESERVED
 from protocol.errors import Refused, WireError
 from protocol.messages import Name
 from protocol.topics import NAME
+from protocol.trust.succession import MAX_CHAIN
 
 ALGORITHM = "HS256"
 SECRET_BYTES = 32
-MAX_MESSAGE = 16 * 1024
+MAX_MESSAGE = 48 * 1024  # of which the coordinator's key statements may take half
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Pem = Annotated[str, Field(min_length=1, max_length=8192, pattern=r"^-----BEGIN [A-Z ]+-----\n")]
 PublicKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
@@ -79,7 +80,10 @@ class EnrolRequest(BaseModel):
 
 
 class EnrolAnswer(BaseModel):
-    """The answer to one request, by its nonce: the certificate and the coordinator's key, or why there is none."""
+    """The answer to one request, by its nonce: the certificate and the coordinator's key, or why there is none.
+
+    `succession` are the statements by which earlier keys lead to that key (trust/succession.py).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     kind: Literal["enrol-answer"] = "enrol-answer"
@@ -88,6 +92,7 @@ class EnrolAnswer(BaseModel):
     nonce: Nonce
     certificate: Pem | None = None
     coordinator_key: PublicKey | None = None
+    succession: Annotated[str, Field(max_length=MAX_CHAIN)] | None = None
     refused: Annotated[str, Field(max_length=500)] = ""
 
     NEEDS: ClassVar[str] = "a certificate and the coordinator's key, or the reason of a refusal"

@@ -190,6 +190,11 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     return key_file(path, Ed25519PrivateKey)  # type: ignore[type-abstract]
 
 
+def public_key_of(folder: Path) -> str:
+    """Return the public key of who keeps its state in a folder; the key is made if there is none. Raises KeyFileError."""
+    return key_text(private_key(folder / "key.pem").public_key())
+
+
 def new_key(path: Path) -> Ed25519PrivateKey:
     """Write a new private key that signs in the place of the one there may be; raises KeyFileError."""
     return _write_key(path, Ed25519PrivateKey.generate())

@@ -91,9 +91,17 @@ def test_from_a_token_to_a_device_that_the_broker_lets_in(
     assert "use this once" in told
     assert clipcast("device", "list")[0].startswith("jetson-1 - claim open until")
     path = board(tmp_path / "board", lab, token)
+    assert clipcast("device", "add", "jetson-9", "--out", "nine.token")[0] == ""
+    assert Path("nine.token").read_text().startswith("jetson-9.")
+    assert Path("nine.token").stat().st_mode & 0o077 == 0
+    clipcast("device", "revoke", "jetson-9")
     assert "this device is jetson-1. Next: clipcast client run" in clipcast("client", "enrol", path)[0]
     assert "jetson-1 already: nothing to do" in clipcast("client", "enrol", path)[0]
     assert is_let_in(path, lab) == "jetson-1"
+    other = path.with_name("other.toml")
+    other.write_text('id = "jetson-2"\n' + path.read_text())
+    with pytest.raises(Exception, match="was enrolled as 'jetson-1', `id` says another"):
+        load(other)
     key = clipcast("client", "key", path)[0]
     assert clipcast("device", "list")[0] == f"jetson-1 {key} active"
     shown = clipcast("device", "show", "jetson-1")[0].splitlines()
