@@ -16,8 +16,7 @@ TRIM_AT_ONCE, TRIM_LATE = 128 * 1024, 1024 * 1024 * 1024
 def return_freed_memory() -> bool:
     """Give blocks of 1 MiB and more back to the system when they are freed; False where the C library cannot.
 
-    What a step takes again is then cleared again by the kernel: a step takes up to half as long again. Call it before torch
-    allocates.
+    What a step takes again the kernel clears again: a step took a quarter longer. Call it before torch allocates.
     """
     return _call("mallopt", M_MMAP_THRESHOLD, SMALL) and _call("mallopt", M_TRIM_THRESHOLD, TRIM_AT_ONCE)
 
