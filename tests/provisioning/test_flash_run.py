@@ -13,6 +13,8 @@ from clipcast.exit_codes import INTERRUPTED, PROVISION
 from hardware_profiles.profile import load
 from protocol.findings import Finding
 from provisioning.flash_choice import Wanted, choose
+from provisioning.flash_plan import plan_flash
+from provisioning.flash_run import run
 from provisioning.preflight import boards, preflight
 from tests.provisioning.tegra import tegra
 
@@ -233,6 +235,9 @@ def test_an_image_that_cannot_be_made_is_not_written(ready: Path) -> None:
     tools = tegra(ready / "tools", "36.4.3", flash_ends_with=5)
     assert flash(tools, "y\ny\n", "--massflash", "3")[0] == 5
     assert len(ran(tools)) == 1
+    plan = plan_flash(load("jetson-orin-nano-8gb"), Wanted("6.2", "nvme", boards=3), str(tools))
+    assert [done.code for done in run(plan)] == [5]  # whoever does not look at the codes flashes nothing either
+    assert len(ran(tools)) == 2
 
 
 @pytest.mark.parametrize("own", ["etc/clipcast/claim.token", "var/lib/clipcast/key.pem"])
