@@ -29,7 +29,7 @@ class FlashCommand(Frozen):
 
     def of(self, config: str) -> tuple[str, ...]:
         """Return the command for a board's configuration."""
-        return tuple(part.replace("{config}", config) for part in self.argv)
+        return _filled(self.argv, config)
 
     @property
     def uses_nfs(self) -> bool:
@@ -37,13 +37,36 @@ class FlashCommand(Frozen):
         return self.argv[0].endswith("l4t_initrd_flash.sh")
 
 
+class Massflash(Frozen):
+    """How one image is made for many boards, and written to `{count}` of them at a time; `{config}` as in a command.
+
+    `build` stands before the arguments of the command that flashes one board, `write` is a command of its own.
+    """
+
+    build: tuple[str, ...]
+    write: tuple[str, ...]
+    note: str = ""
+    source: Annotated[str, Field(min_length=10)]
+    verified: bool
+
+    def building(self, command: FlashCommand, config: str, count: int) -> tuple[str, ...]:
+        """Return what makes the image; boards fetch it over the network on USB whatever one board alone would do."""
+        rest = command.of(config)[1:]
+        network = () if "--network" in rest else ("--network", "usb0")
+        return (*_filled(self.build, config, count), *network, *rest)
+
+    def writing(self, config: str, count: int) -> tuple[str, ...]:
+        """Return what writes the image to the boards."""
+        return _filled(self.write, config, count)
+
+
 class Flashing(Frozen):
     """What flashing a platform takes.
 
     `releases` are L4T releases by JetPack, the newest last. `host` are the Ubuntu releases that NVIDIA's tools support,
     `disk` the room that unpacking and building take. `binaries` are the options of apply_binaries.sh by processor.
-    `massflash` is the tool that makes one image for many boards. `without` says, for storage that has no command, why not
-    and what to do instead.
+    `without_nfs` are the processors that fetch no image over NFS, whatever flashes them. `without` says, for storage that
+    has no command, why not and what to do instead.
     """
 
     releases: dict[str, Release]
@@ -51,7 +74,8 @@ class Flashing(Frozen):
     host: Fact
     disk: Fact
     binaries: dict[str, tuple[str, ...]] = Field(default={})
-    massflash: str
+    massflash: Massflash
+    without_nfs: tuple[str, ...] = ()
     without: dict[Storage, str] = Field(default={})
     commands: tuple[FlashCommand, ...]
 
@@ -62,6 +86,10 @@ class Flashing(Frozen):
     def storages(self, modules: tuple[str, ...], l4t: str) -> list[Storage]:
         """Return what these modules can be flashed to."""
         return [storage for storage in STORAGES if self.command(modules, storage, l4t)]
+
+
+def _filled(argv: tuple[str, ...], config: str, count: int = 1) -> tuple[str, ...]:
+    return tuple(part.replace("{config}", config).replace("{count}", str(count)) for part in argv)
 
 
 def _fits(command: FlashCommand, modules: tuple[str, ...], l4t: str) -> bool:

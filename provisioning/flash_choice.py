@@ -46,7 +46,8 @@ class Choice:
     @property
     def uses_network(self) -> bool:
         """Whether the board fetches the image from this machine over the network on USB."""
-        return self.command.uses_nfs or self.wanted.massflash
+        uses_nfs = self.command.uses_nfs or self.wanted.massflash
+        return uses_nfs and self.profile.soc not in self.flashing.without_nfs
 
 
 def choose(profile: Profile, wanted: Wanted) -> Choice:

@@ -155,33 +155,30 @@ def _flash(choice: Choice, folder: str) -> tuple[Step, ...]:
 
 
 def _massflash(choice: Choice, folder: str) -> tuple[Step, ...]:
-    """Return the same for many boards: one image is built, then written to as many as are attached."""
-    count, config = str(choice.wanted.boards), choice.config.config
-    shown = f"`lsusb -d {choice.board.recovery_usb_id.value}` shows them then"
+    """Return the same for many boards: one image is made with one board attached, then written to as many as are."""
+    count, config, many = choice.wanted.boards, choice.config.config, choice.flashing.massflash
+    shown = f"`lsusb -d {choice.board.recovery_usb_id.value}` shows"
+    doubt = f"source: {many.source}" + ("" if many.verified else f" {UNTRIED}")
     build = Step(
         "Make one image for all boards",
-        "the EEPROM of a board that is attached tells the tools which module it is; nothing is written to it yet",
-        (choice.flashing.massflash, "--no-flash", "--massflash", count, *choice.command.of(config)[1:]),
+        "the EEPROM of the one board tells the tools which module it is; nothing is written to it yet",
+        many.building(choice.command, config, count),
         root=True,
         folder=folder,
-        notes=_notes(choice),
+        notes=(*_notes(choice), doubt),
         run=True,
     )
     write = Step(
         f"Flash up to {count} boards at once",
         "writes the image to all boards in recovery mode: all that was on them is lost",
-        (
-            "./tools/kernel_flash/l4t_initrd_flash.sh",
-            "--flash-only",
-            "--massflash",
-            count,
-            "--network",
-            "usb0",
-            "--showlogs",
-        ),
+        many.writing(config, count),
         root=True,
-        folder=f"{folder}/mfi_{config}",
-        notes=(f"again for the next {count}; the folder may be carried to another machine {UNTRIED}",),
+        folder=folder,
+        notes=(
+            f"for the next boards this step again, and nothing before it {UNTRIED}",
+            *((many.note,) if many.note else ()),
+            doubt,
+        ),
         run=True,
     )
     enrol = Step(
@@ -189,9 +186,15 @@ def _massflash(choice: Choice, folder: str) -> tuple[Step, ...]:
         "the image holds nothing that tells one board from another",
         by_hand=("for each, once it is in the network: `clipcast device provision` gives it its own claim over ssh",),
     )
+    again = Step(
+        f"Put up to {count} boards into recovery mode, that one again",
+        f"{shown} them then",
+        by_hand=("as before: each by a cable of its own",),
+    )
     return (
-        _hands(choice.board.recovery, "Put the boards into recovery mode, each", shown),
+        _hands(choice.board.recovery, "Put one of the boards into recovery mode", f"{shown} it then. Leave the others off"),
         build,
+        again,
         write,
         _hands(choice.board.after, "Start the boards, each", "the first boot installs the client"),
         enrol,

@@ -16,10 +16,11 @@ from provisioning.linux_for_tegra import Image
 
 @dataclass(frozen=True)
 class Done:
-    """A step, and its command's exit code; None if hands do it."""
+    """A step, and its command's exit code; None if hands do it. `then` is the command that waits for these hands."""
 
     step: Step
     code: int | None
+    then: Step | None = None
 
 
 def check_tools(plan: FlashPlan, folder: Path) -> None:
@@ -42,11 +43,15 @@ def check_tools(plan: FlashPlan, folder: Path) -> None:
 
 
 def run(plan: FlashPlan) -> Iterator[Done]:
-    """Carry the steps out from the flash on, output to this terminal; yield each, and end after one that fails."""
+    """Carry the steps out from the flash on, output to this terminal; yield each, and end after one that fails.
+
+    What comes after what hands do is done when the next one is asked for: whoever iterates asks the hands first.
+    """
     sudo = ("sudo",) if os.geteuid() != 0 else ()
-    for step in plan.from_flash:
+    steps = plan.from_flash
+    for number, step in enumerate(steps):
         if not step.run:
-            yield Done(step, None)
+            yield Done(step, None, next((later for later in steps[number:] if later.run), None))
             continue
         try:
             code = subprocess.run([*(sudo if step.root else ()), *step.argv], cwd=step.folder, check=False).returncode

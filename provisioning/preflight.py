@@ -16,6 +16,7 @@ from hardware_profiles.facts import Fact
 from hardware_profiles.profile import Profile, load, names
 from protocol.findings import Finding, State
 from provisioning.flash_choice import Choice
+from provisioning.image_findings import image_findings
 
 NVIDIA = "0955"
 NFS = 2049
@@ -32,7 +33,8 @@ def preflight(choice: Choice, folder: Path, root: Path = Path("/"), machine: str
     yield _processor(os.uname().machine if machine is None else machine)
     yield _system(choice.flashing.host, root)
     yield _disk(choice.flashing.disk, folder)
-    yield _boards(choice, root)
+    yield from image_findings(choice, folder)
+    yield boards(choice, root, 1)
     yield _modem_manager(root)
     yield _vpn(root)
     yield from _firewalls(choice, root)
@@ -69,10 +71,12 @@ def _disk(needed: Fact, folder: Path) -> Finding:
     return Finding("disk", measured, state, f"unpacking and building take about {needed}: make room, or take another disk")
 
 
-def _boards(choice: Choice, root: Path) -> Finding:
-    """Look for boards in recovery mode: the right ones, and as many as are to be flashed."""
+def boards(choice: Choice, root: Path, most: int) -> Finding:
+    """Look for boards in recovery mode: only such as are planned, at least one and at most so many.
+
+    An image for many is made with one attached alone, so one is what a plan begins with.
+    """
     wanted, name = str(choice.board.recovery_usb_id.value), "board in recovery mode"
-    expected = choice.wanted.boards or 1
     seen = Counter(_usb(root))
     others = {found: count for found, count in seen.items() if found != wanted}
     measured = ", ".join(f"{count} x {found} ({_what(found, wanted)})" for found, count in sorted(seen.items())) or "none"
@@ -84,9 +88,11 @@ def _boards(choice: Choice, root: Path) -> Finding:
         return Finding(name, measured, "fail", cure)
     if others:
         return Finding(name, measured, "fail", "unplug the others: the tools take whatever they find first")
-    if seen[wanted] != expected:
-        massflash = "or --massflash the number that is there" if seen[wanted] > 1 else "and look at the cables of the others"
-        return Finding(name, measured, "fail", f"{expected} expected: attach as many, {massflash}")
+    if seen[wanted] > most == 1 and choice.wanted.massflash:
+        return Finding(name, measured, "fail", "the image is made with one board attached alone: the others come after that")
+    if seen[wanted] > most:
+        many = "the image is for no more" if choice.wanted.massflash else "or plan with --massflash"
+        return Finding(name, measured, "fail", f"{most} at most: unplug the others, {many}")
     return Finding(name, measured)
 
 
@@ -138,9 +144,10 @@ def _is_tunnel(link: Path) -> bool:
 
 
 def _firewalls(choice: Choice, root: Path) -> Iterator[Finding]:
-    if not (choice.uses_network):
-        yield Finding("firewall", "not asked: flash.sh needs no network")
+    if not choice.uses_network:
+        yield Finding("firewall", "not asked: this board fetches nothing over NFS")
         return
+    yield _ipv6(root)
     yield _ufw(root)
     yield Finding(
         "other firewalls",
@@ -148,6 +155,15 @@ def _firewalls(choice: Choice, root: Path) -> Iterator[Finding]:
         "unknown",
         f"`sudo nft list ruleset`: let port {NFS} in from usb0 (NFS, from which the board fetches the image)",
     )
+
+
+def _ipv6(root: Path) -> Finding:
+    """Look whether the network on USB can have the addresses that NVIDIA's tool gives it."""
+    off = root / "proc/sys/net/ipv6/conf/all/disable_ipv6"
+    if off.exists() and _number(off) == 0:
+        return Finding("IPv6", "on")
+    measured = "off" if off.exists() else "not in this kernel"
+    return Finding("IPv6", measured, "fail", "the board is spoken to over it: sudo sysctl net.ipv6.conf.all.disable_ipv6=0")
 
 
 def _ufw(root: Path) -> Finding:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipcast.exit_codes import PROVISION
+from clipcast.exit_codes import INTERRUPTED, PROVISION
 
 if TYPE_CHECKING:
-    from provisioning.flash_plan import FlashPlan
+    from provisioning.flash_plan import FlashPlan, Step
 
 ROOT = Path("/")
 
@@ -101,7 +101,10 @@ def flash_plan(
     if "fail" in states:
         typer.echo("error: this machine is not ready, as the table above says: nothing was flashed", err=True)
         raise typer.Exit(PROVISION)
-    typer.confirm("\nFlash now? What is on the board is lost", abort=True)
+    question = "Make the image now?" if wanted.massflash else "Flash now? What is on the board is lost"
+    if not _yes(question):
+        typer.echo("nothing was flashed")
+        raise typer.Exit(INTERRUPTED)
     _carry_out(plan)
 
 
@@ -112,6 +115,8 @@ def _carry_out(plan: FlashPlan) -> None:
     for done in run(plan):
         if done.code is None:
             _print(step_lines(done.step, "next"))
+            if done.then is not None:
+                _await_boards(plan, done.then)
         elif done.code != 0:
             typer.echo(
                 f"error: {done.step.line} ended with {done.code}. It is not tried again: read what it printed, put the "
@@ -119,6 +124,27 @@ def _carry_out(plan: FlashPlan) -> None:
                 err=True,
             )
             raise typer.Exit(done.code)
+
+
+def _await_boards(plan: FlashPlan, then: Step) -> None:
+    """Ask until the boards of an image for many are there. What was made so far is not lost by a no."""
+    from provisioning.preflight import boards
+
+    while _yes("Flash these boards now? What is on them is lost"):
+        found = boards(plan.choice, ROOT, plan.choice.wanted.boards)
+        typer.echo(f"{found.name}: {found.measured}" + (f". {found.cure}" if found.cure else ""))
+        if found.state == "ok":
+            return
+    typer.echo(f"nothing was flashed. The image is made; what is left is, in {then.folder}: {then.line}")
+    raise typer.Exit(INTERRUPTED)
+
+
+def _yes(question: str) -> bool:
+    """Ask; no answer, and Ctrl-C, are a no."""
+    try:
+        return typer.confirm(f"\n{question}")
+    except typer.Abort:
+        return False
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -28,6 +28,7 @@ PLANS = {
     "orin-nx-16gb-7.2-nvme": ("jetson-orin-nx-16gb", Wanted("7.2", "nvme")),
     "agx-orin-64gb-6.2-emmc": ("jetson-agx-orin-64gb", Wanted("6.2", "emmc")),
     "agx-orin-64gb-7.2-emmc": ("jetson-agx-orin-64gb", Wanted("7.2", "emmc")),
+    "agx-orin-64gb-7.2-emmc-ten": ("jetson-agx-orin-64gb", Wanted("7.2", "emmc", boards=10)),
     "agx-orin-32gb-6.2-nvme": ("jetson-agx-orin-32gb", Wanted("6.2", "nvme")),
     "agx-orin-32gb-7.2-emmc": ("jetson-agx-orin-32gb", Wanted("7.2", "emmc")),
     "thor-t5000-7.2-nvme": ("jetson-thor-t5000", Wanted("7.2", "nvme")),
@@ -96,3 +97,15 @@ def test_l4t_of_another_release_changes_archive_and_command() -> None:
     assert "Jetson_Linux_R36.4.4_aarch64.tbz2" in old.steps[0].argv
     assert "Jetson_Linux_R36.5.0_aarch64.tbz2" in new.steps[0].argv
     assert ["--erase-all" in step.line for plan in (old, new) for step in plan.steps if step.run] == [False, True]
+
+
+def test_one_image_for_many_is_made_with_one_board_and_written_where_it_was_made() -> None:
+    for name, jetpack, storage in (("orin-nx-16gb", "6.2", "nvme"), ("agx-orin-64gb", "7.2", "emmc")):
+        plan = plan_flash(load(f"jetson-{name}"), Wanted(jetpack, storage, boards=10), "tools")
+        one, build, several, write = plan.steps[6:10]
+        assert (one.argv, several.argv) == ((), ())
+        assert "one of the boards" in one.title
+        assert build.folder == write.folder == "tools"
+        assert build.argv[1:4] == ("--no-flash", "--massflash", "10")
+        assert write.argv[1:4] == ("--flash-only", "--massflash", "10")
+        assert [step.argv.count("--network") for step in (build, write)] == [1, 1]

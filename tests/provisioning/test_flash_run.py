@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 
 from clipcast.cli import app
 from clipcast.commands import flashing
-from clipcast.exit_codes import PROVISION
+from clipcast.exit_codes import INTERRUPTED, PROVISION
 from hardware_profiles.profile import load
 from protocol.findings import Finding
 from provisioning.flash_choice import Wanted, choose
-from provisioning.preflight import preflight
+from provisioning.flash_plan import plan_flash
+from provisioning.flash_run import run
+from provisioning.preflight import boards, preflight
 from tests.provisioning.tegra import tegra
 
 NANO, NX, RUNNING = "7523", "7323", "7020"
@@ -23,7 +25,8 @@ PLAN = ("device", "flash-plan", "--profile", "jetson-orin-nano-8gb", "--jetpack"
 
 def machine(root: Path, *boards: str, system: str = UBUNTU, **more: str) -> Path:
     """Write what is read of a machine: NVIDIA's devices on USB, the system, and other files by their path."""
-    files = {"etc/os-release": system, **{name.replace("__", "/"): text for name, text in more.items()}}
+    files = {"etc/os-release": system, "proc/sys/net/ipv6/conf/all/disable_ipv6": "0\n"}
+    files |= {name.replace("__", "/"): text for name, text in more.items()}
     for number, product in enumerate(boards):
         files[f"sys/bus/usb/devices/1-{number}/idVendor"] = "0955\n"
         files[f"sys/bus/usb/devices/1-{number}/idProduct"] = f"{product}\n"
@@ -63,10 +66,16 @@ def test_other_boards_than_the_one_that_is_planned(tmp_path: Path, boards: tuple
     assert cure in finding.cure
 
 
-def test_as_many_boards_as_are_flashed_at_once(tmp_path: Path) -> None:
-    root = machine(tmp_path / "root", NANO, NANO, NANO)
-    assert found(root, tmp_path, Wanted("6.2", "nvme", boards=3))["board in recovery mode"].state == "ok"
-    assert "3 x" in found(root, tmp_path, Wanted("6.2", "nvme", boards=4))["board in recovery mode"].measured
+def test_an_image_for_many_is_made_with_one_board_and_flashed_to_no_more_than_it_is_for(tmp_path: Path) -> None:
+    wanted = Wanted("6.2", "nvme", boards=3)
+    choice = choose(load("jetson-orin-nano-8gb"), wanted)
+    one, three = machine(tmp_path / "one", NANO), machine(tmp_path / "three", NANO, NANO, NANO)
+    assert found(one, tmp_path, wanted)["board in recovery mode"].state == "ok"
+    assert "one board attached alone" in found(three, tmp_path, wanted)["board in recovery mode"].cure
+    assert boards(choice, one, 3).state == boards(choice, three, 3).state == "ok"
+    assert "3 x" in boards(choice, three, 3).measured
+    assert "the image is for no more" in boards(choice, three, 2).cure
+    assert boards(choice, machine(tmp_path / "none"), 3).state == "fail"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,7 @@ def test_as_many_boards_as_are_flashed_at_once(tmp_path: Path) -> None:
         ({"sys__class__net__eth0__flags": "0x1003\n"}, "VPN", "ok", ""),
         ({"etc__ufw__ufw.conf": "ENABLED=yes\n", "etc__ufw__user.rules": ""}, "firewall (ufw)", "fail", "ufw allow 2049"),
         ({"etc__ufw__ufw.conf": "ENABLED=no\n"}, "firewall (ufw)", "ok", ""),
+        ({"proc__sys__net__ipv6__conf__all__disable_ipv6": "1\n"}, "IPv6", "fail", "disable_ipv6=0"),
         (
             {"etc__ufw__ufw.conf": "ENABLED=yes\n", "etc__ufw__user.rules": "-A in -p tcp --dport 2049 -j ACCEPT\n"},
             "firewall (ufw)",
@@ -96,6 +106,31 @@ def test_known_blockers_are_found(tmp_path: Path, more: dict[str, str], name: st
     finding = found(machine(tmp_path / "root", NANO, **more), tmp_path)[name]
     assert finding.state == state, finding
     assert cure in finding.cure
+
+
+def test_a_thor_fetches_nothing_so_no_firewall_is_in_its_way(tmp_path: Path) -> None:
+    more = {"etc__ufw__ufw.conf": "ENABLED=yes\n", "etc__ufw__user.rules": ""}
+    root = machine(tmp_path / "root", "7026", **more)
+    for wanted in (Wanted("7.2", "nvme"), Wanted("7.2", "nvme", boards=2)):
+        choice = choose(load("jetson-thor-t5000"), wanted)
+        states = {one.name: one.state for one in preflight(choice, tmp_path, root, "x86_64")}
+        assert states["firewall"] == "ok"
+        assert "firewall (ufw)" not in states
+
+
+def test_an_image_that_is_there_is_looked_at(tmp_path: Path) -> None:
+    root, tools = machine(tmp_path / "root", NANO), tegra(tmp_path / "tools", "36.4.3")
+    before = found(root, tools)
+    assert before["client in the image"].state == "warn"
+    assert before["first user"].state == "ok"
+    (tools / "rootfs/usr/lib/clipcast-firstboot").mkdir(parents=True)
+    (tools / "rootfs/usr/lib/clipcast-firstboot/clipcast-client.deb").touch()
+    (tools / "rootfs/etc/systemd/system").mkdir(parents=True)
+    (tools / "rootfs/etc/systemd/system/default.target").symlink_to("nv-oem-config.target")
+    after = found(root, tools)
+    assert after["client in the image"].state == "ok"
+    assert "l4t_create_default_user.sh" in after["first user"].cure
+    assert "what is one board's own" not in after
 
 
 def test_a_machine_that_the_tools_are_not_for(tmp_path: Path) -> None:
@@ -136,7 +171,9 @@ def test_run_shows_the_plan_asks_and_flashes(ready: Path) -> None:
 @pytest.mark.parametrize("answer", ["n\n", "\n", ""])
 def test_without_a_yes_nothing_is_done(ready: Path, answer: str) -> None:
     tools = tegra(ready / "tools", "36.4.3")
-    assert flash(tools, answer)[0] == 1
+    code, told = flash(tools, answer)
+    assert code == INTERRUPTED
+    assert "nothing was flashed" in told
     assert ran(tools) == []
 
 
@@ -166,3 +203,48 @@ def test_tools_of_another_release_flash_nothing(ready: Path) -> None:
 def test_run_needs_to_know_where(ready: Path) -> None:
     done = CliRunner().invoke(app, [*PLAN, "--run"])
     assert "--run needs --l4t-dir" in str(done.exception)
+
+
+def test_many_boards_are_flashed_from_one_image_after_a_second_question(ready: Path) -> None:
+    tools = tegra(ready / "tools", "36.4.3")
+    code, told = flash(tools, "y\ny\n", "--massflash", "3")
+    assert code == 0, told
+    build, write = ran(tools)
+    assert build.startswith("l4t_initrd_flash.sh --no-flash --massflash 3 --external-device nvme0n1p1 ")
+    assert write == "l4t_initrd_flash.sh --flash-only --massflash 3 --network usb0 --showlogs"
+    assert (
+        told.index("Make the image now?")
+        < told.index("board in recovery mode: 1 x 0955:7523")
+        < told.index("next. Start the boards")
+    )
+
+
+def test_boards_that_are_not_there_yet_are_asked_for_again_and_the_image_is_not_lost(ready: Path) -> None:
+    tools = tegra(ready / "tools", "36.4.3")
+    tool = tools / "tools/kernel_flash/l4t_initrd_flash.sh"
+    tool.write_text(tool.read_text().replace("exit 0", f"rm -r {flashing.ROOT}/sys/bus/usb/devices/1-*"))
+    code, told = flash(tools, "y\ny\nn\n", "--massflash", "3")
+    assert code == INTERRUPTED
+    assert "none is 0955:7523" in told
+    assert told.count("Flash these boards now?") == 2
+    assert f"in {tools}: sudo ./tools/kernel_flash/l4t_initrd_flash.sh --flash-only --massflash 3" in told
+    assert [line.split()[1] for line in ran(tools)] == ["--no-flash"]
+
+
+def test_an_image_that_cannot_be_made_is_not_written(ready: Path) -> None:
+    tools = tegra(ready / "tools", "36.4.3", flash_ends_with=5)
+    assert flash(tools, "y\ny\n", "--massflash", "3")[0] == 5
+    assert len(ran(tools)) == 1
+    plan = plan_flash(load("jetson-orin-nano-8gb"), Wanted("6.2", "nvme", boards=3), str(tools))
+    assert [done.code for done in run(plan)] == [5]  # whoever does not look at the codes flashes nothing either
+    assert len(ran(tools)) == 2
+
+
+@pytest.mark.parametrize("own", ["etc/clipcast/claim.token", "var/lib/clipcast/key.pem"])
+def test_one_boards_claim_or_key_goes_to_no_other_board(ready: Path, own: str) -> None:
+    tools = tegra(ready / "tools", "36.4.3")
+    (tools / "rootfs" / own).parent.mkdir(parents=True)
+    (tools / "rootfs" / own).write_text("its own")
+    assert flash(tools, "y\ny\n", "--massflash", "3")[0] == PROVISION
+    assert ran(tools) == []
+    assert flash(tools, "y\n")[0] == 0

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from clipcast.cli import app
 from protocol.settings import SettingsError
 from provisioning.errors import ProvisioningError
 from provisioning.linux_for_tegra import Image
@@ -76,6 +78,25 @@ def test_looking_writes_nothing_laying_does_once(tmp_path: Path, site: Site, deb
     assert again.changes == ()
     assert list(lay(again)) == []
     assert files_below(image.rootfs) == after
+
+
+def test_the_command_shows_then_writes_then_has_nothing_to_do(tmp_path: Path, deb: Package) -> None:
+    lab(tmp_path)
+    tools = tegra(tmp_path / "tools", "36.4.3")
+    (tmp_path / "token").write_text(TOKEN)
+    files = ("--coordinator", tmp_path / "coordinator.toml", "--ca", tmp_path / "ca", "--token-file", tmp_path / "token")
+    command = ["device", "overlay", "--l4t-dir", tools, "--package", deb.path, "--broker", BROKER, *files]
+    before = files_below(tools)
+    told = []
+    for more in ([], ["--run"], ["--run"]):
+        done = CliRunner().invoke(app, [str(part) for part in (*command, *more)])
+        assert done.exit_code == 0, done.exception
+        told.append(done.output)
+        assert (files_below(tools) == before) == (more == [])
+    assert "nothing was written: --run does it" in told[0]
+    assert "wrote 9 of 9 files" in told[1]
+    assert "nothing to do: all is there" in told[2]
+    assert TOKEN.partition(".")[2] not in "".join(told)
 
 
 def test_one_changed_file_is_the_one_that_is_written(tmp_path: Path, site: Site, deb: Package) -> None:
