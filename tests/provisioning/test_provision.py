@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from provisioning.errors import ProvisioningError
 from provisioning.provision import LOOK, Found, Step, Wanted, steps
+from provisioning.remote import Remote
 
 SETTINGS, CA = Wanted("/etc/clipcast/client.toml", b"data", 0o644), Wanted("/etc/clipcast/ca.pem", b"pem", 0o644)
 FILES = (SETTINGS, CA)
@@ -22,6 +25,11 @@ DONE = Found(
 
 def kinds(todo: list[Step]) -> list[str]:
     return [step.kind for step in todo]
+
+
+def test_a_claim_that_was_used_does_not_stay() -> None:
+    left = replace(DONE, files={**DONE.files, "/etc/clipcast/claim.token": "x 640 root:clipcast"})
+    assert kinds(steps(left, "jetson-1", "ab", FILES)) == ["clean", "start"]
 
 
 def test_a_bare_board_gets_everything_in_order() -> None:
@@ -75,3 +83,30 @@ def test_this_machine_can_be_looked_at() -> None:
 def test_whatever_a_shell_says_is_read_or_refused(text: str) -> None:
     with pytest.raises(ProvisioningError, match="no answer"):
         Found.read(text)
+
+
+SSH = """#!/bin/sh
+# Runs the command here, as ssh does there; with CUT it breaks off after so many bytes, which looks like an end.
+for last; do :; done
+if [ -n "$CUT" ]; then head -c "$CUT" | sh -c "$last"; else sh -c "$last"; fi
+"""
+
+
+@pytest.mark.parametrize("cut", ["", "0", "3"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUT", cut)
+    target = tmp_path / "a folder" / "client.toml"
+    target.parent.mkdir()
+    target.write_text("good")
+    remote, owner = Remote("board", ()), f"{os.geteuid()}:{os.getegid()}"
+    if cut:
+        with pytest.raises(ProvisioningError, match="board failed"):
+            remote.put(b"better", str(target), 0o640, owner)
+        assert target.read_text() == "good"
+    else:
+        remote.put(b"better", str(target), 0o640, owner)
+        assert target.read_text() == "better"
+        assert target.stat().st_mode & 0o777 == 0o640
