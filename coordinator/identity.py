@@ -6,12 +6,12 @@ whoever may copy this folder can be the device.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from coordinator.broker.authority import Authority
 from protocol.settings import SettingsError
 from protocol.storage.files import make_folder, write_atomic
+from protocol.trust.claims import COORDINATOR_KEY, STAMP, TLS_CERTIFICATE, TLS_KEY, stamp
 from protocol.trust.signing import Signer
 
 
@@ -27,11 +27,11 @@ def write_identity(folder: Path, name: str, authority: Authority, coordinator_ke
         make_folder(folder)
         folder.chmod(0o700)
         key = Signer.open(folder).public
-        write_atomic(folder / "device.key", certificate.with_suffix(".key").read_bytes())
+        write_atomic(folder / TLS_KEY, certificate.with_suffix(".key").read_bytes())
         certificate.with_suffix(".key").unlink()
-        write_atomic(folder / "device.pem", certificate.read_bytes())
-        write_atomic(folder / "coordinator.key", coordinator_key.encode())
-        write_atomic(folder / "enrolled", json.dumps({"id": name}).encode())
+        write_atomic(folder / TLS_CERTIFICATE, certificate.read_bytes())
+        write_atomic(folder / COORDINATOR_KEY, coordinator_key.encode())
+        write_atomic(folder / STAMP, stamp(name))
     except OSError as error:
         raise SettingsError(
             f"{folder} cannot be written: {error}. `clipcast ca revoke {name}` before another try"

@@ -8,7 +8,6 @@ keys ask again, and get the same answer.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
 import time
@@ -28,13 +27,24 @@ from protocol.messages import Name
 from protocol.settings import BrokerSettings, SettingsError, beside, load_settings
 from protocol.storage.files import lock_folder, make_folder, write_atomic
 from protocol.topics import Topics
-from protocol.trust.claims import Claim, EnrolAnswer, EnrolRequest, seal, unseal
-from protocol.trust.signing import Signer
+from protocol.trust.claims import (
+    COORDINATOR_KEY,
+    STAMP,
+    TLS_CERTIFICATE,
+    TLS_KEY,
+    Claim,
+    EnrolAnswer,
+    EnrolRequest,
+    seal,
+    stamp,
+    stamped,
+    unseal,
+)
+from protocol.trust.signing import Signer, in_pem
 from protocol.trust.succession import newest
 
 log = logging.getLogger(__name__)
 
-STAMP, KEY, CERTIFICATE, COORDINATOR_KEY = "enrolled", "device.key", "device.pem", "coordinator.key"
 AGAIN_S, REQUEST_EXPIRY_S = 5.0, 60
 
 
@@ -73,13 +83,8 @@ class NewcomerConfig(BaseModel):
         return self.broker.model_copy(update=files)
 
     def claim(self) -> Claim:
-        """Read the claim; raises SettingsError, WireError."""
-        try:
-            return Claim.read(self.enrolment.token_file.read_text(encoding="ascii"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(
-                f"no claim in {self.enrolment.token_file} ({error}): put there what `clipcast device add ID` prints"
-            ) from error
+        """Read the claim; raises SettingsError."""
+        return Claim.load(self.enrolment.token_file)
 
 
 def load(path: Path) -> NewcomerConfig:
@@ -90,12 +95,11 @@ def load(path: Path) -> NewcomerConfig:
 def enrolled_id(state: Path) -> str | None:
     """Return the id that this device was given, None if it has none yet; raises StateError."""
     try:
-        name = json.loads((state / STAMP).read_bytes())["id"]
+        return stamped((state / STAMP).read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StateError(f"{state / STAMP} cannot be read: {error}. Remove it, and enrol this device anew") from error
-    return str(name)
 
 
 @contextlib.contextmanager
@@ -124,7 +128,7 @@ class Newcomer:
         self._expected = coordinator_key
         try:
             make_folder(state)
-            self._key = _tls_key(state / KEY)
+            self._key = _tls_key(state / TLS_KEY)
         except OSError as error:
             raise StateError(f"{state} cannot be written: {error}") from error
         self._public = Signer.open(state).public
@@ -152,13 +156,13 @@ class Newcomer:
             )
         certificate = x509.load_pem_x509_certificate(answer.certificate.encode())
         (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        kept = _tls_key(self._state / KEY)
+        kept = _tls_key(self._state / TLS_KEY)
         if certificate.public_key() != kept.public_key() or name.value != self._claim.id:
             raise EnrolmentError("the certificate is for another key or name than this board's: see the coordinator's log")
         try:
-            write_atomic(self._state / CERTIFICATE, answer.certificate.encode())
+            write_atomic(self._state / TLS_CERTIFICATE, answer.certificate.encode())
             write_atomic(self._state / COORDINATOR_KEY, answer.coordinator_key.encode())
-            write_atomic(self._state / STAMP, json.dumps({"id": self._claim.id}).encode())
+            write_atomic(self._state / STAMP, stamp(self._claim.id))
         except OSError as error:
             raise StateError(f"{self._state} cannot be written: {error}") from error
 
@@ -196,8 +200,7 @@ def _tls_key(path: Path) -> EllipticCurvePrivateKey:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except FileNotFoundError:
         made = generate_private_key(SECP256R1())
-        how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        write_atomic(path, made.private_bytes(*how))
+        write_atomic(path, in_pem(made))
         return made
     except (ValueError, TypeError) as error:
         raise SettingsError(f"{path} cannot be read as a key: {error}. Remove it: enrolment makes another") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 from protocol.findings import Finding
 from provisioning.flash_choice import Choice
 from provisioning.linux_for_tegra import Image
-from provisioning.overlay import HOME, OWN, PACKAGE
+from provisioning.overlay import HOME, OWN
+from provisioning.site import PACKAGE
 
 WIZARD = "nv-oem-config.target"  # apply_binaries.sh makes it the target of the first boot where there is a desktop
 

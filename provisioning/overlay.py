@@ -19,18 +19,17 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from protocol.trust.claims import STAMP, TLS_KEY
 from provisioning.errors import ProvisioningError
 from provisioning.linux_for_tegra import Image
 from provisioning.rootfs import Entry, Found, RootFs
-from provisioning.site import ETC, STATE, Site
+from provisioning.site import PACKAGE, STATE, TOKEN, Site
 
-PACKAGE = "clipcast-client"
 HOME = "usr/lib/clipcast-firstboot"
 UNIT = "clipcast-firstboot.service"
 UNITS = "etc/systemd/system"
-TOKEN = f"{ETC}/claim.token"
 # What makes a board the one that it is: in an image for many it would make all of them one device.
-OWN = (TOKEN, f"{STATE[1:]}/enrolled", f"{STATE[1:]}/key.pem", f"{STATE[1:]}/device.key")
+OWN = (TOKEN, *(f"{STATE[1:]}/{name}" for name in (STAMP, "key.pem", TLS_KEY)))
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@ A second run finds everything as it should be, and changes nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from protocol.trust.claims import STAMP, stamped
+from provisioning import site
 from provisioning.errors import ProvisioningError
-from provisioning.site import Site
+from provisioning.site import PACKAGE, STATE, Site
 
-PACKAGE = "clipcast-client"
-ETC, STATE = "/etc/clipcast", "/var/lib/clipcast"
+ETC = f"/{site.ETC}"
 AS_CLIPCAST = f"setpriv --reuid=clipcast --regid=clipcast --init-groups env HOME={STATE}"
 NOTE = "/var/lib/clipcast-package.sha256"  # which file it was: the same version may be built again
-TOKEN, TOKEN_MODE = f"{ETC}/claim.token", (0o640, "root:clipcast")
+TOKEN, TOKEN_MODE = f"/{site.TOKEN}", (0o640, "root:clipcast")
 MACHINES = ("aarch64", "x86_64")
 
 # Prints `KEY VALUE` lines: nothing here needs more than a shell.
@@ -30,7 +30,7 @@ echo "python $(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>
 echo "free $(df -Pk /opt / 2>/dev/null | awk 'NR==2 {{print $4}}' || true)"
 echo "installed $(dpkg-query -W -f='${{db:Status-Status}} ${{Version}}' {PACKAGE} 2>/dev/null || true)"
 echo "package $(cat {NOTE} 2>/dev/null || true)"
-echo "enrolled $(cat {STATE}/enrolled 2>/dev/null || true)"
+echo "enrolled $(cat {STATE}/{STAMP} 2>/dev/null || true)"
 echo "proof $(test -f {TOKEN} && {{ printf 'clipcast enrolment 1\\000'; tr -d '\\n' < {TOKEN}; }} | sha256sum | cut -c1-64)"
 echo "ready $(test -x /opt/clipcast/venv/bin/clipcast && echo yes || true)"
 for file in {ETC}/*; do
@@ -81,7 +81,7 @@ class Found:
         try:
             seen = [value.split(" ", 3) for key, _, value in lines if key == "file"]
             files = {path: f"{digest} {mode} {owner}" for digest, mode, owner, path in seen}
-            name = json.loads(said["enrolled"])["id"] if said["enrolled"] else None
+            name = stamped(said["enrolled"]) if said["enrolled"] else None
             return cls(
                 machine=said["machine"],
                 hostname=said["hostname"],
@@ -112,13 +112,13 @@ class Found:
             )
 
 
-def files_of(site: Site) -> list[Wanted]:
+def files_of(lab: Site) -> list[Wanted]:
     """Return what a lab gives this board, as it lies there once the package has made its user: keys are readable to that."""
     return [
         Wanted(f"/{file.path}", file.data, 0o640, "root:clipcast")
         if file.mode & 0o077 == 0
         else Wanted(f"/{file.path}", file.data, file.mode)
-        for file in site.files()
+        for file in lab.files()
     ]
 
 

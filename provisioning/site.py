@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,15 +18,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509.oid import NameOID
 from pydantic import Field, ValidationInfo, field_validator
 
+from protocol.envelope import ENROL
 from protocol.errors import WireError
 from protocol.settings import Participant, SettingsError, beside, load_settings, settings_of
 from protocol.topics import check_name
+from protocol.trust.claims import TLS_CERTIFICATE, TLS_KEY
 from protocol.trust.signing import key_text, private_key
 
-CLAIM = "enrol"  # the claim certificate's name: the broker lets who has it do nothing else
+PACKAGE = "clipcast-client"
 ETC, STATE = "etc/clipcast", "/var/lib/clipcast"
+TOKEN = f"{ETC}/claim.token"
 PICTURES = "/srv/pictures"
-SECRET = re.compile(r"[A-Za-z0-9_-]{20,}")
 PUBLIC, PRIVATE = 0o644, 0o600
 
 
@@ -82,7 +83,7 @@ class Site:
             raise SettingsError(f"{settings}: {error}") from error
         if not Path(data).is_absolute():
             raise SettingsError(f"--data {data}: it is a folder on the boards, so write its whole path, as {PICTURES}")
-        ca, claim, key = (_pem(authority, name) for name in ("ca.pem", f"{CLAIM}.pem", f"{CLAIM}.key"))
+        ca, claim, key = (_pem(authority, name) for name in ("ca.pem", f"{ENROL}.pem", f"{ENROL}.key"))
         _check_claim(authority, ca, claim, key)
         known = lab.state / "key.pem"
         public = key_text(private_key(known).public_key()) if known.exists() else None
@@ -97,9 +98,9 @@ class Site:
         lines += [f"federation = {_quoted(self.federation)}", f"data = {_quoted(self.data)}", f"state = {_quoted(STATE)}"]
         lines += [f"coordinator_key = {_quoted(self.coordinator_key)}"] if self.coordinator_key else []
         lines += ["", "[broker]", f"url = {_quoted(self.broker)}", 'ca_file = "ca.pem"']
-        lines += [f'cert_file = "{STATE}/device.pem"', f'key_file = "{STATE}/device.key"']
+        lines += [f'cert_file = "{STATE}/{TLS_CERTIFICATE}"', f'key_file = "{STATE}/{TLS_KEY}"']
         lines += [f'tls_version = "{self.tls_version}"'] if self.tls_version != "1.3" else []
-        lines += ["", "[enrolment]", f'cert_file = "{CLAIM}.pem"', f'key_file = "{CLAIM}.key"', 'token_file = "claim.token"']
+        lines += ["", "[enrolment]", f'cert_file = "{ENROL}.pem"', f'key_file = "{ENROL}.key"', 'token_file = "claim.token"']
         return "\n".join(lines) + "\n"
 
     def files(self, name: str | None = None, token: str | None = None) -> tuple[SiteFile, ...]:
@@ -107,28 +108,10 @@ class Site:
         return (
             SiteFile(f"{ETC}/client.toml", self.settings(name).encode()),
             SiteFile(f"{ETC}/ca.pem", self.ca),
-            SiteFile(f"{ETC}/{CLAIM}.pem", self.claim),
-            SiteFile(f"{ETC}/{CLAIM}.key", self.claim_key, PRIVATE),
-            *((SiteFile(f"{ETC}/claim.token", f"{token}\n".encode(), PRIVATE),) if token else ()),
+            SiteFile(f"{ETC}/{ENROL}.pem", self.claim),
+            SiteFile(f"{ETC}/{ENROL}.key", self.claim_key, PRIVATE),
+            *((SiteFile(TOKEN, f"{token}\n".encode(), PRIVATE),) if token else ()),
         )
-
-
-def read_token(path: Path) -> str:
-    """Return the claim token, ID.SECRET, that is in a file; raises SettingsError without saying what it read."""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: no claim token can be read there: {error.__class__.__name__}") from error
-    name, _, secret = token.rpartition(".")
-    try:
-        check_name(name, "device")
-    except WireError:
-        secret = ""
-    if not SECRET.fullmatch(secret):
-        raise SettingsError(
-            f"{path} holds no claim token: `clipcast device add ID` on the coordinator prints one, ID.SECRET"
-        )
-    return token
 
 
 def _check_broker(url: str, settings: Path) -> None:
@@ -157,7 +140,7 @@ def _pem(authority: Path, name: str) -> bytes:
     try:
         return (authority / name).read_bytes()
     except FileNotFoundError as error:
-        cure = f"`clipcast ca init {authority}`" if name == "ca.pem" else f"`clipcast ca issue {CLAIM} {authority}`"
+        cure = f"`clipcast ca init {authority}`" if name == "ca.pem" else f"`clipcast ca issue {ENROL} {authority}`"
         raise SettingsError(f"{authority / name}: no such file. {cure} makes it") from error
     except OSError as error:
         raise SettingsError(f"{authority / name} cannot be read: {error.strerror}") from error
@@ -168,8 +151,8 @@ def _check_claim(authority: Path, ca: bytes, claim: bytes, key: bytes) -> None:
 
     Another one of the authority's would be let in by the broker as somebody: its key must not go out to all boards.
     """
-    where = authority / f"{CLAIM}.pem"
-    again = f"move it aside, and `clipcast ca issue {CLAIM} {authority}`"
+    where = authority / f"{ENROL}.pem"
+    again = f"move it aside, and `clipcast ca issue {ENROL} {authority}`"
     try:
         root, certificate = x509.load_pem_x509_certificate(ca), x509.load_pem_x509_certificate(claim)
         public = load_pem_private_key(key, None).public_key()
@@ -178,9 +161,9 @@ def _check_claim(authority: Path, ca: bytes, claim: bytes, key: bytes) -> None:
         raise SettingsError(f"{where} and its key cannot be used with {authority / 'ca.pem'} ({error}): {again}") from error
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if public.public_bytes(*form) != certificate.public_key().public_bytes(*form):
-        raise SettingsError(f"{where} and {CLAIM}.key do not belong together: {again}")
+        raise SettingsError(f"{where} and {ENROL}.key do not belong together: {again}")
     names = [attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    if names != [CLAIM]:
+    if names != [ENROL]:
         raise SettingsError(
             f"{where} is the certificate of {', '.join(map(str, names))}, not the claim certificate: {again}"
         )

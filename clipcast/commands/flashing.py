@@ -45,13 +45,14 @@ def overlay(
 
     Example: `clipcast device overlay --l4t-dir Linux_for_Tegra --package clipcast-client_0.1.0_all.deb --run`
     """
+    from protocol.trust.claims import Claim
     from provisioning.linux_for_tegra import Image
     from provisioning.overlay import Package, lay, plan_overlay
-    from provisioning.site import Site, read_token
+    from provisioning.site import Site
     from provisioning.telling import overlay_lines
 
     image = Image.open(l4t_dir)
-    token = None if token_file is None else read_token(token_file)
+    token = None if token_file is None else str(Claim.load(token_file))
     plan = plan_overlay(image, Site.read(settings, ca, broker, data), Package.read(package), token, massflash=massflash)
     typer.echo(f"{image.rootfs}: L4T {image.l4t}")
     _print(overlay_lines(plan))

@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.settings import SettingsError
 from protocol.storage.files import write_atomic
+from protocol.trust.signing import in_pem
 
 CA = "ca"
 CRL, LOCK = "crl.pem", ".lock"
@@ -271,9 +272,8 @@ def _host(host: str) -> x509.GeneralName:
 
 def _write(folder: Path, name: str, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
     """Write the key first: a certificate without its key is of no use, and says that the name is taken."""
-    how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
-        write_atomic(folder / f"{name}.key", key.private_bytes(*how))
+        write_atomic(folder / f"{name}.key", in_pem(key))
         write_atomic(folder / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM))
     except OSError as error:
         raise SettingsError(f"{folder} cannot be written: {error}") from error

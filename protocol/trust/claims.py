@@ -12,6 +12,7 @@ import hashlib
 import json
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from jwt.api_jws import PyJWS
@@ -21,11 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from protocol.envelope import RESERVED
 from protocol.errors import Refused, WireError
 from protocol.messages import Name
+from protocol.settings import SettingsError
 from protocol.topics import NAME
 from protocol.trust.succession import MAX_CHAIN
 
 ALGORITHM = "HS256"
 SECRET_BYTES = 32
+# What enrolment leaves in a device's state folder, besides its signing key; the stamp last.
+TLS_KEY, TLS_CERTIFICATE, COORDINATOR_KEY, STAMP = "device.key", "device.pem", "coordinator.key", "enrolled"
 MAX_MESSAGE = 48 * 1024  # of which the coordinator's key statements may take half
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Pem = Annotated[str, Field(min_length=1, max_length=8192, pattern=r"^-----BEGIN [A-Z ]+-----\n")]
@@ -57,6 +61,18 @@ class Claim:
         if not whole or not NAME.match(name) or name in RESERVED:
             raise WireError("this is no claim token, or not a whole one: `clipcast device add ID` prints ID.SECRET")
         return cls(name, secret)
+
+    @classmethod
+    def load(cls, path: Path) -> Claim:
+        """Read the token in a file; raises SettingsError, which does not repeat what it read."""
+        try:
+            return cls.read(path.read_text(encoding="ascii"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"no claim can be read in {path} ({type(error).__name__}): put there what `clipcast device add ID` prints"
+            ) from error
+        except WireError as error:
+            raise SettingsError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.id}.{self.secret}"
@@ -102,6 +118,16 @@ class EnrolAnswer(BaseModel):
         granted = self.certificate is not None and self.coordinator_key is not None
         if granted == bool(self.refused):
             raise ValueError(f"an answer holds {self.NEEDS}")
+
+
+def stamp(name: str) -> bytes:
+    """Return the content of the stamp, which names the device."""
+    return json.dumps({"id": name}).encode()
+
+
+def stamped(data: str | bytes) -> str:
+    """Return the name in a stamp; raises ValueError, TypeError or KeyError if it is none."""
+    return str(json.loads(data)["id"])
 
 
 Message = TypeVar("Message", EnrolRequest, EnrolAnswer)

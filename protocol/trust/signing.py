@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from jwt.api_jws import PyJWS
@@ -200,10 +201,14 @@ def new_key(path: Path) -> Ed25519PrivateKey:
     return _write_key(path, Ed25519PrivateKey.generate())
 
 
+def in_pem(key: Ed25519PrivateKey | X25519PrivateKey | EllipticCurvePrivateKey) -> bytes:
+    """Return a private key as its file holds it: PKCS 8 in PEM, not encrypted."""
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
 def _write_key(path: Path, made: PrivateKey) -> PrivateKey:
-    how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
-        write_atomic(path, made.private_bytes(*how))  # mkstemp makes it 0600
+        write_atomic(path, in_pem(made))  # mkstemp makes it 0600
     except OSError as error:
         raise KeyFileError(f"{path} cannot be written: {error}") from error
     return made

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from clipcast.cli import app
 from protocol.settings import SettingsError
+from protocol.trust.claims import Claim
 from provisioning.errors import ProvisioningError
 from provisioning.linux_for_tegra import Image
 from provisioning.overlay import Overlay, Package, lay, plan_overlay
 from provisioning.rootfs import Entry, RootFs
-from provisioning.site import Site, read_token
+from provisioning.site import Site
 from provisioning.telling import overlay_lines
 from tests.provisioning.tegra import ARM64_PROGRAM, BROKER, lab, package, tegra
 from tests.provisioning.test_flash_plan import golden
@@ -174,7 +175,7 @@ def test_an_image_that_is_none_is_refused_with_what_comes_first(tmp_path: Path, 
 def test_what_is_no_token_is_refused_and_not_repeated(tmp_path: Path, text: str) -> None:
     (tmp_path / "token").write_text(text)
     with pytest.raises(SettingsError) as refused:
-        read_token(tmp_path / "token")
+        Claim.load(tmp_path / "token")
     assert "AAAA" not in str(refused.value)
 
 
