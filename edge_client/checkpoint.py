@@ -49,11 +49,11 @@ class Checkpoint:
             log.warning("no checkpoint could be written: %s", error)
         self._last = time.monotonic()
 
-    def is_of(self, work: str) -> bool:
-        """Whether the training `work` was begun and is kept here."""
+    def work(self) -> str | None:
+        """Return which training was begun and is kept here."""
         with contextlib.suppress(OSError, SafetensorError), safe_open(self._path, "pt") as file:
-            return bool((file.metadata() or {}).get("work") == work)
-        return False
+            return (file.metadata() or {}).get("work")
+        return None
 
     def load(self, work: str, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
         """Put parameters and optimiser where `work` was; return steps taken and their summed loss, (0, 0.0) if unknown."""

@@ -5,6 +5,7 @@ On a Jetson CPU and GPU share one memory, and the kernel ends who takes too much
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ import torch
 from clip_lora.towers import as_dtype, load_config
 from edge_client.config import Placement, told
 from edge_client.errors import PlanRefusedError
+from edge_client.monitor.sysfs import counts, text_of
 from hardware_profiles.plan import FRAMEWORK_MIB, MIB, TowerShape, Training, predict, smaller
 from protocol.messages import Recipe
 
@@ -49,9 +51,10 @@ def held_mib(device: str, root: Path = Path("/")) -> float:
     """
     if device == "cuda":
         return FRAMEWORK_MIB["cuda"] + torch.cuda.memory_reserved() / MIB
-    return (_counts(root / "proc/self/status").get("RssAnon", 0)) / 1024
+    return (counts(root / "proc/self/status").get("RssAnon", 0)) / 1024
 
 
+@functools.cache  # a round must not ask for the configuration again, which may be at a hub
 def shape_of(model: str) -> TowerShape:
     """Return what an image tower's memory depends on; raises ModelError."""
     config: Any = load_config(model)
@@ -108,7 +111,7 @@ def _training(placement: Placement, recipe: Recipe, batch: int, pictures: int) -
 
 
 def _of_system(root: Path) -> Iterator[Room]:
-    available = _counts(root / "proc/meminfo").get("MemAvailable")
+    available = counts(root / "proc/meminfo").get("MemAvailable")
     if available is not None:
         yield Room(available / 1024, "MemAvailable", STOP)
 
@@ -122,32 +125,19 @@ def _of_groups(root: Path) -> Iterator[Room]:
         for name in ("memory.max", "memory.high"):  # above the second it is slowed down until it crawls
             limit, used = _number(folder / name), _number(folder / "memory.current")
             if limit is not None and used is not None:
-                files = _counts(folder / "memory.stat")
+                files = counts(folder / "memory.stat")
                 spare = files.get("inactive_file", 0) + files.get("active_file", 0)
                 setting = {"memory.max": "MemoryMax=", "memory.high": "MemoryHigh="}[name]
                 yield Room(max(0, limit - used + spare) / MIB, name, f"raise the unit's {setting}")
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    lines = _text(root / "proc/self/cgroup").splitlines()
+    lines = text_of(root / "proc/self/cgroup").splitlines()
     path = next((PurePosixPath(line[3:]) for line in lines if line.startswith("0::/")), None)
     for group in () if path is None else (path, *path.parents):
         yield root / "sys/fs/cgroup" / group.relative_to("/")
 
 
-def _counts(path: Path) -> dict[str, int]:
-    """Return numbers by name, from lines of a name and a number (and a unit)."""
-    pairs = (line.split()[:2] for line in _text(path).splitlines() if len(line.split()) >= 2)
-    return {name.rstrip(":"): int(value) for name, value in pairs if value.isdecimal()}
-
-
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = text_of(path)
     return int(text) if text.isdecimal() else None  # "max": no limit
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

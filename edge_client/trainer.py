@@ -118,7 +118,8 @@ class Trainer:
         placement, device = self._placement, self._placement.device
         batch = min(recipe.batch_size, placement.batch_size)
         sizes = [batch >> halvings for halvings in range(batch.bit_length())]
-        begun = next((size for size in sizes if self._checkpoint is not None and self._checkpoint.is_of(work(size))), batch)
+        kept = None if self._checkpoint is None else self._checkpoint.work()
+        begun = batch if kept is None else next((size for size in sizes if work(size) == kept), batch)
         if begun < batch:
             fallback = told(placement.fallback, f"batches of {begun}: the round was begun with them")
             placement = replace(placement, batch_size=begun, fallback=fallback)

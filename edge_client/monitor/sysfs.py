@@ -21,7 +21,7 @@ GPU_NODES = ("gv11b", "gp10b", "gm20b", "ga10b", "gb10b", "gpu")
 
 def read_sysfs(root: Path = Path("/")) -> Readings:
     """Return what the files below `root` say."""
-    memory = _meminfo(root)
+    memory = {name: kib // 1024 for name, kib in counts(root / "proc/meminfo").items()}
     swap = (memory.get("SwapTotal"), memory.get("SwapFree"))
     load, mhz = _gpu(root)
     return Readings(
@@ -41,7 +41,7 @@ def _temperatures(root: Path) -> Iterator[tuple[str, float]]:
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         celsius = _number(zone / "temp")
         if celsius is not None and PLAUSIBLE_C[0] <= celsius / 1000 <= PLAUSIBLE_C[1]:
-            yield _text(zone / "type") or zone.name, celsius / 1000
+            yield text_of(zone / "type") or zone.name, celsius / 1000
 
 
 def _power(root: Path) -> float | None:
@@ -58,20 +58,20 @@ def _rails(root: Path) -> Iterator[tuple[str, float]]:
     for label in sorted((root / "sys/bus/i2c/devices").glob("*/hwmon/hwmon*/in*_label")):
         number = label.name.removeprefix("in").removesuffix("_label")
         volts, amperes = _number(label.with_name(f"in{number}_input")), _number(label.with_name(f"curr{number}_input"))
-        name = _text(label)
+        name = text_of(label)
         if volts is not None and amperes is not None and name not in {"", "NC"}:
             yield name, volts * amperes / 1e6
     for label in sorted((root / "sys/bus/i2c/drivers/ina3221x").glob("*/iio:device*/rail_name_*")):
         number = label.name.removeprefix("rail_name_")
         milliwatts = _number(label.with_name(f"in_power{number}_input"))
-        if milliwatts is not None and _text(label):
-            yield _text(label), milliwatts / 1000
+        if milliwatts is not None and text_of(label):
+            yield text_of(label), milliwatts / 1000
 
 
 def _gpu(root: Path) -> tuple[float | None, float | None]:
     """Return the GPU's load, 0 to 1, and its clock in MHz: of the device whose node is called like a GPU."""
     for device in sorted((root / "sys/class/devfreq").glob("*")):
-        name = _text(device / "device/of_node/name") or device.name
+        name = text_of(device / "device/of_node/name") or device.name
         if any(node in name for node in GPU_NODES):
             load, hertz = _number(device / "device/load"), _number(device / "cur_freq")
             return (None if load is None else load / 1000), (None if hertz is None else hertz / 1e6)
@@ -81,31 +81,32 @@ def _gpu(root: Path) -> tuple[float | None, float | None]:
 
 def _over_current(root: Path) -> int | None:
     """Return how often the board was throttled because its supply could not follow."""
-    counts = [
+    events = [
         _number(file)
         for name in sorted((root / "sys/class/hwmon").glob("hwmon*/name"))
-        if _text(name) == "soctherm_oc"
+        if text_of(name) == "soctherm_oc"
         for file in sorted(name.parent.glob("oc*_event_cnt"))
     ]
-    known = [int(count) for count in counts if count is not None]
+    known = [int(count) for count in events if count is not None]
     return sum(known) if known else None
 
 
-def _meminfo(root: Path) -> dict[str, int]:
-    """MiB by name."""
-    pairs = (line.split()[:2] for line in _text(root / "proc/meminfo").splitlines() if len(line.split()) >= 2)
-    return {name.rstrip(":"): int(value) // 1024 for name, value in pairs if value.isdecimal()}
+def counts(path: Path) -> dict[str, int]:
+    """Return numbers by name, from lines of a name and a number (and a unit)."""
+    pairs = (line.split()[:2] for line in text_of(path).splitlines() if len(line.split()) >= 2)
+    return {name.rstrip(":"): int(value) for name, value in pairs if value.isdecimal()}
 
 
 def _number(path: Path) -> float | None:
     try:
-        number = float(_text(path))
+        number = float(text_of(path))
     except ValueError:
         return None
     return number if math.isfinite(number) else None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Return what a file says, empty if there is none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
     except OSError:
