@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, delete, func, insert, inspect, select, update
+from sqlalchemy import Connection, Row, Select, Table, delete, func, insert, inspect, select, update
 
 from coordinator.state.journal import DEVICES, ENROLMENTS, UPDATES, Journal
 
@@ -65,19 +65,17 @@ class Registry:
 
     def enrolments(self) -> dict[str, Enrolment]:
         """Return how devices came here, or may come, by name."""
-        with self._journal.reading() as connection:
-            if connection is None or not inspect(connection).has_table(ENROLMENTS.name):
-                return {}
-            rows = connection.execute(select(ENROLMENTS).order_by(ENROLMENTS.c.client)).all()
-        return {row.client: _enrolment(row) for row in rows}
+        return self._enrolments(select(ENROLMENTS))
 
     def enrolment(self, client: str) -> Enrolment | None:
         """Return how a device came here, or may come."""
+        return self._enrolments(select(ENROLMENTS).where(ENROLMENTS.c.client == client)).get(client)
+
+    def _enrolments(self, query: Select[Any]) -> dict[str, Enrolment]:
         with self._journal.reading() as connection:
             if connection is None or not inspect(connection).has_table(ENROLMENTS.name):
-                return None
-            row = connection.execute(select(ENROLMENTS).where(ENROLMENTS.c.client == client)).one_or_none()
-        return None if row is None else _enrolment(row)
+                return {}
+            return {row.client: _enrolment(row) for row in connection.execute(query)}
 
     def claim(self, client: str, proof: str, expires: int, profile: str | None) -> None:
         """Let a board become this device, until a moment in seconds since 1970; an earlier claim of the name is void."""
