@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from clipcast.exit_codes import WARNINGS
 
 if TYPE_CHECKING:
+    from coordinator.config import CoordinatorConfig
     from coordinator.state.registry import Registry
     from provisioning.provision import Found, Step
     from provisioning.remote import Remote
@@ -51,7 +53,8 @@ def provision(
             return
         found = Found.read(board.run(LOOK))
         name = name or found.enrolled or found.hostname
-        todo = _steps(found, name, package, coordinator, ca, broker, data)
+        lab = _Lab.open(coordinator, ca, package, profile)
+        todo = lab.steps(found, name, broker, data)
         for step in todo:
             typer.echo(f"{'would' if check else 'to do'}: {step.why}")
         if check and todo:
@@ -61,84 +64,94 @@ def provision(
         if check:
             return
         for step in todo:
-            _do(step, board, found, name, package, coordinator, ca, profile)
+            typer.echo(f"{step.why} ...")
+            lab.do(step, board, found, name)
         raise typer.Exit(board.code(DOCTOR))
 
 
-def _steps(found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, broker: str, data: str) -> list[Step]:
-    from clipcast.commands.device import authority_of, check_device_name, open_registry
-    from protocol.trust.signing import public_key_of
-    from provisioning.provision import files_of, steps
-    from provisioning.site import PICTURES, Site
+@dataclass(frozen=True)
+class _Lab:
+    """The lab server's side of a provisioning; `profile` may be empty."""
 
-    check_device_name(name)
-    registry, config = open_registry(coordinator)
-    _check_free(registry, found, name)
-    public_key_of(config.state)  # the first time it makes the coordinator's key, which the board is given
-    files = files_of(Site.read(coordinator, authority_of(config, ca), broker or None, data or PICTURES))
-    return steps(found, name, hashlib.sha256(_package(package)).hexdigest(), files)
+    settings: Path
+    config: CoordinatorConfig
+    registry: Registry
+    authority: Path
+    package: bytes
+    profile: str
 
+    @classmethod
+    def open(cls, coordinator: Path, ca: Path | None, package: Path, profile: str) -> _Lab:
+        from clipcast.commands.device import authority_of, open_registry
+        from protocol.trust.signing import public_key_of
+        from provisioning.errors import ProvisioningError
 
-def _do(
-    step: Step, board: Remote, found: Found, name: str, package: Path, coordinator: Path, ca: Path | None, profile: str
-) -> None:
-    from provisioning.provision import CLEAN, INSTALL, START
+        registry, config = open_registry(coordinator)
+        public_key_of(config.state)  # the first time it makes the coordinator's key, which the board is given
+        try:
+            data = package.read_bytes()
+        except OSError as error:
+            raise ProvisioningError(
+                f"no package at {package} ({error.strerror}): `clipcast device package` makes one"
+            ) from error
+        return cls(coordinator, config, registry, authority_of(config, ca), data, profile)
 
-    typer.echo(f"{step.why} ...")
-    if step.kind == "package":
-        data = _package(package)
-        board.run(f"SHA256={hashlib.sha256(data).hexdigest()}\n{INSTALL}", data)
-    elif step.file is not None:
-        board.put(step.file.data, step.file.path, step.file.mode, step.file.owner)
-    elif step.kind == "clean":
-        board.run(CLEAN)
-    elif step.kind == "enrol":
-        _enrol(board, found, name, coordinator, ca, profile)
-    else:
-        typer.echo(board.run(START).strip() or "started")
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.package).hexdigest()
 
+    def steps(self, found: Found, name: str, broker: str, data: str) -> list[Step]:
+        from clipcast.commands.device import check_device_name
+        from provisioning.provision import files_of, steps
+        from provisioning.site import PICTURES, Site
 
-def _enrol(board: Remote, found: Found, name: str, coordinator: Path, ca: Path | None, profile: str) -> None:
-    """Make a claim that holds for an hour, unless the board has one, and answer it here: no coordinator has to run."""
-    from clipcast.commands.device import authority_of, open_registry
-    from coordinator.enrolment import registrar
-    from protocol.trust.claims import Claim
-    from provisioning.provision import ENROL, TOKEN, TOKEN_MODE
+        check_device_name(name)
+        self._check_free(found, name)
+        site = Site.read(self.settings, self.authority, broker or None, data or PICTURES)
+        return steps(found, name, self.sha256, files_of(site))
 
-    registry, config = open_registry(coordinator)
-    _check_free(registry, found, name)  # the installation took minutes
-    if not _has_claim(registry, found, name):
-        claim = Claim.make(name)
-        registry.claim(name, claim.proof, int(time.time() + 3600 * HOURS), profile or None)
-        board.put(f"{claim}\n".encode(), TOKEN, *TOKEN_MODE)
-    with registrar(config, authority_of(config, ca)):
-        board.run(ENROL)
+    def do(self, step: Step, board: Remote, found: Found, name: str) -> None:
+        from provisioning.provision import CLEAN, INSTALL, START
 
+        if step.kind == "package":
+            board.run(f"SHA256={self.sha256}\n{INSTALL}", self.package)
+        elif step.file is not None:
+            board.put(step.file.data, step.file.path, step.file.mode, step.file.owner)
+        elif step.kind == "clean":
+            board.run(CLEAN)
+        elif step.kind == "enrol":
+            self._enrol(board, found, name)
+        else:
+            typer.echo(board.run(START).strip() or "started")
 
-def _has_claim(registry: Registry, found: Found, name: str) -> bool:
-    """Whether the board has this name's claim, and may still use it: one that it has used was not heard of there."""
-    enrolment = registry.enrolment(name)
-    if found.proof is None or enrolment is None or found.proof != enrolment.proof:
-        return False
-    return enrolment.used_by is not None or time.time() < (enrolment.expires or 0)
+    def _enrol(self, board: Remote, found: Found, name: str) -> None:
+        """Make a claim that holds for an hour, unless the board has one, and answer it here: no coordinator has to run."""
+        from coordinator.enrolment import registrar
+        from protocol.trust.claims import Claim
+        from provisioning.provision import ENROL, TOKEN, TOKEN_MODE
 
+        self._check_free(found, name)  # the installation took minutes
+        if not self._has_claim(found, name):
+            claim = Claim.make(name)
+            self.registry.claim(name, claim.proof, int(time.time() + 3600 * HOURS), self.profile or None)
+            board.put(f"{claim}\n".encode(), TOKEN, *TOKEN_MODE)
+        with registrar(self.config, self.authority):
+            board.run(ENROL)
 
-def _check_free(registry: Registry, found: Found, name: str) -> None:
-    """Raise ProvisioningError if another board has the name."""
-    from provisioning.errors import ProvisioningError
+    def _has_claim(self, found: Found, name: str) -> bool:
+        """Whether the board has this name's claim, and may still use it: one that it has used was not heard of there."""
+        enrolment = self.registry.enrolment(name)
+        if found.proof is None or enrolment is None or found.proof != enrolment.proof:
+            return False
+        return enrolment.used_by is not None or time.time() < (enrolment.expires or 0)
 
-    known = registry.devices().get(name)
-    if found.enrolled is None and known is not None and not known.revoked and not _has_claim(registry, found, name):
-        raise ProvisioningError(
-            f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device revoke "
-            f"{name}` first, and this one takes its place"
-        )
+    def _check_free(self, found: Found, name: str) -> None:
+        """Raise ProvisioningError if another board has the name."""
+        from provisioning.errors import ProvisioningError
 
-
-def _package(path: Path) -> bytes:
-    from provisioning.errors import ProvisioningError
-
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ProvisioningError(f"no package at {path} ({error.strerror}): `clipcast device package` makes one") from error
+        known = self.registry.devices().get(name)
+        if found.enrolled is None and known is not None and not known.revoked and not self._has_claim(found, name):
+            raise ProvisioningError(
+                f"{name} is another board, unless this one was set up anew: give it another --id, or `clipcast device "
+                f"revoke {name}` first, and this one takes its place"
+            )
