@@ -28,6 +28,7 @@ from protocol.messages import (
     Status,
     Successor,
 )
+from protocol.release.manifests import Release, Report, Want
 
 VERSION = 1
 MAX_MANIFEST = 12 * 1024  # signed, in base64url, 16 KB
@@ -37,7 +38,10 @@ RESERVED = (COORDINATOR, ENROL)
 
 KINDS: dict[str, type[Manifest]] = {
     manifest.kind: manifest
-    for manifest in (ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Notice, Status, Successor)
+    for manifest in (
+        *(ClassBankManifest, RoundPlan, ClientAdapter, Offer, Need, Receipt, Notice, Status, Successor),
+        *(Release, Want, Report),
+    )
 }
 NOBODY = "0" * 16
 Instance = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]

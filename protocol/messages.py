@@ -21,6 +21,7 @@ Adapter = Mapping[str, FloatArray]
 CHUNK_SIZE = 64 * 1024
 MIN_CHUNK_SIZE = 1024
 MAX_BLOB_SIZE = 256 * 1024 * 1024
+MAX_LARGE_BLOB_SIZE = 2 * 1024 * 1024 * 1024
 MAX_CHUNKS = 32_768  # a bitmap of so many bits, in hex, fits a manifest
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -63,6 +64,12 @@ class BlobRef(BaseModel):
     def length(self, index: int) -> int:
         """Return the exact number of bytes of chunk `index`."""
         return min(self.chunk_size, self.size - index * self.chunk_size)
+
+
+class LargeBlobRef(BlobRef):
+    """A blob that is too large for a device's memory, as a model is: it is received into a file."""
+
+    size: Annotated[int, Field(ge=1, le=MAX_LARGE_BLOB_SIZE)]
 
 
 class Privacy(BaseModel):

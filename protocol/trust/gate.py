@@ -21,7 +21,7 @@ from protocol.trust.succession import leads_to, newest
 
 log = logging.getLogger(__name__)
 
-RETAINED = frozenset(("classes", "round", "adapter"))
+RETAINED = frozenset(("classes", "round", "adapter", "release", "report"))
 LASTING = (*sorted(RETAINED), "receipt", "notice")
 
 
