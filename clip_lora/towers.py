@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,16 @@ def model_facts(name: str) -> ModelFacts:
         else:
             logit_scale = CLIPModel.from_pretrained(locate(name), dtype=torch.float32).logit_scale.detach()
     return ModelFacts(name, _digest(file), float(logit_scale.exp()), config.projection_dim)
+
+
+def model_origin(name: str) -> tuple[str | None, str | None]:
+    """Return the commit of a model on its hub, and the licence that its card names; None for what nobody says."""
+    revision = getattr(load_config(name), "_commit_hash", None)
+    card = cached_file(locate(name), "README.md", _raise_exceptions_for_missing_entries=False)
+    text = "" if card is None else Path(card).read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = None if front is None else re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.MULTILINE)
+    return revision, None if found is None else found[1]
 
 
 def load_image_tower(name: str, bits: int, device: str = "cpu", dtype: str = "auto") -> CLIPVisionModelWithProjection:

@@ -1,179 +1,168 @@
-"""Adapter + full-precision base -> one ONNX file with its proof.
+"""Adapter + full-precision base -> ONNX files with their proof.
 
 A quantised module does not export, and an adapter was trained against quantised weights: the full-precision base is
-loaded, the adapter merged into it, and the report says what that changed.
+loaded, the adapter merged into it, and the report says what that changed. One flavour is kept in memory at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import onnx
-import onnxruntime
-import torch
-import transformers
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from clip_lora.algebra import layers
 from clip_lora.lora import attach, load_adapter, merge
-from clip_lora.preprocess import load_preprocessing
-from clip_lora.shapes import LoraShape, scale
+from clip_lora.preprocess import Preprocessing, load_preprocessing
+from clip_lora.shapes import scale
 from clip_lora.towers import load_image_tower, load_sizes, model_facts
 from export.errors import ExportError
-from export.graph import EMBEDS, OPSET, PIXELS, classifier_graph, join, preprocessing_graph
-from export.parity import MIN_COSINE, Parity, cosines, onnx_answers, torch_embeddings
-from protocol.codec import encode_adapter, sha256
-from protocol.messages import Adapter, FloatArray, TextBank
+from export.flavours import GATES, Flavour
+from export.graph import classifier_graph, join, preprocessing_graph
+from export.lora import about, adapter_file, factors, trace_with_factors
+from export.metadata import Source, inscribe, provenance
+from export.parity import Parity, Proof, compare, onnx_answers, pixel_batches, torch_embeddings
+from export.precision import half, int4, int8_dynamic, int8_static
+from export.trace import trace, trace_fused
+from protocol.messages import FloatArray
 from protocol.storage.files import write_atomic
 
-METADATA = "clipcast"
-MAX_BATCH = 1024
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an artefact is made from. `round` and `federation` are provenance only."""
-
-    bank: TextBank
-    adapter: Adapter
-    shape: LoraShape
-    federation: str
-    round: int
-
-
-class _Encoder(nn.Module):
-    """pixel_values (N, 3, H, W) -> unit image embeddings (N, D)."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        embeds: Tensor = self.tower(pixel_values=pixel_values).image_embeds
-        unit: Tensor = embeds / embeds.norm(dim=-1, keepdim=True)
-        return unit
+ADAPTER_SUFFIX = ".onnx_adapter"
 
 
 def export_artefact(
-    source: Source, pictures: Sequence[Image.Image], bits: int, out: Path, model: str | None = None
+    source: Source,
+    proof: Proof,
+    bits: int,
+    out: Path,
+    model: str | None = None,
+    flavour: Flavour = "fp32",
+    *,
+    accept_drift: bool = False,
 ) -> Parity:
-    """Write `out` (ONNX) and its report beside it (.json); return the parity.
+    """Write one flavour to `out`; as `export_artefacts`."""
+    (parity,) = (
+        found for _, found in export_artefacts(source, proof, bits, {flavour: out}, model, accept_drift=accept_drift)
+    )
+    return parity
 
-    `bits` is what the adapter was trained against; `model` names the base if not by the class bank's name. Raises
-    ExportError, writing nothing, if the file's embeddings fall below a cosine of 0.999 to torch's on any picture.
+
+def export_artefacts(
+    source: Source,
+    proof: Proof,
+    bits: int,
+    outs: Mapping[Flavour, Path],
+    model: str | None = None,
+    *,
+    accept_drift: bool = False,
+) -> Iterator[tuple[Flavour, Parity]]:
+    """Write each flavour (ONNX) and its report beside it (.json), and yield its parity.
+
+    `bits` is what the adapter was trained against; `model` names the base if not by the class bank's name. The flavour
+    `adapter` writes the source's adapter besides, as a file of its own (.onnx_adapter). Raises ExportError, writing nothing
+    of that flavour, if its answers are further from torch's than the flavour's gate allows: unless `accept_drift`,
+    which the file then says.
     """
-    if not pictures:
+    if not proof.pictures:
         raise ExportError("no pictures to prove the export on: name some with --data")
+    name = _checked(source, model)
+    preprocessing = load_preprocessing(name)
+    trained = _quantised_embeddings(name, bits, source, proof, preprocessing)
+    merged = _merged(name, source)
+    reference = torch_embeddings(merged, preprocessing, proof.pictures)
+    for flavour, out in outs.items():
+        tower = load_image_tower(name, 32).eval() if flavour == "adapter" else merged
+        blob = _build(flavour, tower, source, preprocessing, proof)
+        inputs = factors(source.adapter, scale(source.shape)) if flavour == "adapter" else None
+        answers = onnx_answers(blob, proof.pictures, inputs)
+        parity = compare(proof, reference, trained, bits, source.bank.embeddings, answers)
+        drift = parity.drift(GATES[flavour])
+        if drift and not accept_drift:
+            raise ExportError(
+                f"the ONNX file ({flavour}) differs from torch: {'; '.join(drift)}. Nothing was written. Export another "
+                f"flavour, or say --accept-drift, and the file will say so too"
+            )
+        _write(out, blob, source, flavour, parity, drift)
+        yield flavour, parity
+
+
+def _checked(source: Source, model: str | None) -> str:
     name = model or source.bank.model
     facts = model_facts(name)
     if facts.digest != source.bank.model_digest:
         raise ExportError(
             f"model {name!r} has weights {facts.digest[:12]}, the federation used {source.bank.model_digest[:12]}"
         )
-    preprocessing = load_preprocessing(name)
-    tower = load_image_tower(name, 32)
+    return name
+
+
+def _merged(name: str, source: Source) -> nn.Module:
+    tower: nn.Module = load_image_tower(name, 32)
     merge(tower, source.adapter, scale(source.shape))
-    tower.eval()
-    blob = _build(tower, source, preprocessing_graph(preprocessing, onnx.IR_VERSION))
-    reference = torch_embeddings(tower, preprocessing, pictures)
-    embeds, probabilities = onnx_answers(blob, pictures)
-    wanted = (reference @ source.bank.embeddings.T).argmax(axis=1)
-    exported = cosines(reference, embeds)
-    trained = cosines(reference, _quantised_embeddings(name, bits, source, pictures))
-    parity = Parity(
-        len(pictures),
-        float(exported.mean()),
-        float(exported.min()),
-        float((probabilities.argmax(axis=1) == wanted).mean()),
-        bits,
-        float(trained.mean()),
-        float(trained.min()),
-    )
-    if not parity.passed:
-        raise ExportError(
-            f"the ONNX file differs from torch: cosine {parity.cosine_min:.6f} on the worst of {len(pictures)} pictures, "
-            f"{MIN_COSINE} is required. Nothing was written"
-        )
-    report = {"parity": asdict(parity), "bytes": len(blob), **_provenance(source)}
-    write_atomic(out, blob)
-    write_atomic(out.with_suffix(".json"), json.dumps(report, indent=2).encode())
-    return parity
+    return tower.eval()
 
 
-def _build(tower: nn.Module, source: Source, preprocessing: onnx.ModelProto) -> bytes:
-    encoder = _trace(tower)
-    encoder.ir_version = preprocessing.ir_version = min(encoder.ir_version, 10)  # ONNX Runtime 1.18 reads up to 10
-    classifier = classifier_graph(source.bank.embeddings, source.bank.logit_scale, encoder.ir_version)
-    model = join(preprocessing, encoder, classifier)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = METADATA, json.dumps(_provenance(source), sort_keys=True)
+def _build(flavour: Flavour, tower: nn.Module, source: Source, preprocessing: Preprocessing, proof: Proof) -> bytes:
+    encoder = _encoder(flavour, tower, source, preprocessing, proof)
+    before = preprocessing_graph(preprocessing, encoder.ir_version)
+    after = classifier_graph(source.bank.embeddings, source.bank.logit_scale, encoder.ir_version)
+    model = join(before, encoder, after)
+    inscribe(model, _facts(source, flavour, []))
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _trace(tower: nn.Module) -> onnx.ModelProto:
-    """Export the encoder by torch.export (dynamo), opset 18, batch dynamic."""
-    side = int(tower.config.image_size)  # type: ignore[union-attr, arg-type]
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    silence = contextlib.redirect_stdout(io.StringIO())  # the exporter prints its progress
-    with warnings.catch_warnings(), silence, _quiet("torch.onnx", "onnxscript", "torch.export"):
-        warnings.simplefilter("ignore")  # deprecations inside the exporter are not the user's
-        program = torch.onnx.export(
-            _Encoder(tower).eval(),
-            (torch.zeros(2, 3, side, side),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[PIXELS],
-            output_names=[f"{EMBEDS}_encoder"],
-            dynamic_shapes={"pixel_values": {0: batch}},
-        )
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    return model
+def _encoder(
+    flavour: Flavour, tower: nn.Module, source: Source, preprocessing: Preprocessing, proof: Proof
+) -> onnx.ModelProto:
+    match flavour:
+        case "fp32":
+            return trace(tower)
+        case "fp16":
+            return half(trace(tower))
+        case "int8":
+            return int8_dynamic(trace(tower))
+        case "int8-qdq":
+            return int8_static(trace(tower), list(pixel_batches(preprocessing, proof.pictures)))
+        case "int4":
+            return int4(trace(tower))
+        case "fused":
+            return trace_fused(tower)
+        case "adapter":
+            return trace_with_factors(tower, layers(source.adapter))
 
 
-def _quantised_embeddings(name: str, bits: int, source: Source, pictures: Sequence[Image.Image]) -> FloatArray:
+def _write(out: Path, blob: bytes, source: Source, flavour: Flavour, parity: Parity, drift: list[str]) -> None:
+    facts = _facts(source, flavour, drift)
+    if drift:
+        model = onnx.load_from_string(blob)
+        inscribe(model, facts)
+        blob = bytes(model.SerializeToString(deterministic=True))
+    report = {"parity": asdict(parity), "gate": asdict(GATES[flavour]), "bytes": len(blob), **facts}
+    write_atomic(out, blob)
+    if flavour == "adapter":
+        write_atomic(out.with_suffix(ADAPTER_SUFFIX), own_adapter(source))
+    write_atomic(out.with_suffix(".json"), json.dumps(report, indent=2).encode())
+
+
+def own_adapter(source: Source) -> bytes:
+    """Return the source's adapter as a file for the flavour `adapter` of its base; raises ExportError."""
+    return adapter_file(source.adapter, scale(source.shape), source.bank.model_digest, source.round)
+
+
+def _facts(source: Source, flavour: Flavour, drift: list[str]) -> dict[str, Any]:
+    facts = {**provenance(source, flavour), "drift_accepted": drift}
+    if flavour == "adapter":  # the graph is of no round: its adapters are
+        return {**facts, "adapter_sha256": None, "lora": about(source.adapter, source.bank.model_digest)}
+    return facts
+
+
+def _quantised_embeddings(name: str, bits: int, source: Source, proof: Proof, preprocessing: Preprocessing) -> FloatArray:
     """Return what the tower that was trained says: quantised base, adapter beside it."""
     model = attach(load_image_tower(name, bits), load_sizes(name), "vision", source.shape)
     load_adapter(model, source.adapter)
-    return torch_embeddings(model, load_preprocessing(name), pictures)
-
-
-def _provenance(source: Source) -> dict[str, object]:
-    return {
-        "labels": list(source.bank.classes),
-        "templates": list(source.bank.templates),
-        "logit_scale": source.bank.logit_scale,
-        "model": source.bank.model,
-        "model_digest": source.bank.model_digest,
-        "federation": source.federation,
-        "round": source.round,
-        "adapter_sha256": sha256(encode_adapter(source.adapter)),
-        "opset": OPSET,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-    }
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return torch_embeddings(model, preprocessing, proof.pictures)

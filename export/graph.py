@@ -94,8 +94,11 @@ def _resize(source: str, size: str, *, axis: int, out: str) -> list[onnx.NodePro
 
 
 def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int) -> onnx.ModelProto:
-    """Return embeds (batch, D) of unit length -> softmax over classes of logit_scale * embeds . t_c; t_c (C, D)."""
-    classes, width = embeddings.shape
+    """Return embeds (batch, D) of unit length -> softmax over classes of logit_scale * embeds . t_c; t_c (C, D).
+
+    The t_c are an input with these as its default: another class bank, of any number of classes, needs no other graph.
+    """
+    width = embeddings.shape[1]
     nodes = [
         helper.make_node("Transpose", [CLASS_EMBEDDINGS], ["columns"], perm=[1, 0]),
         helper.make_node("MatMul", ["embeds_in", "columns"], ["cosines"]),
@@ -107,9 +110,12 @@ def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int
         helper.make_graph(
             nodes,
             "classifier",
-            [helper.make_tensor_value_info("embeds_in", TensorProto.FLOAT, ["batch", width])],
             [
-                helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, ["batch", classes]),
+                helper.make_tensor_value_info("embeds_in", TensorProto.FLOAT, ["batch", width]),
+                helper.make_tensor_value_info(CLASS_EMBEDDINGS, TensorProto.FLOAT, ["classes", width]),
+            ],
+            [
+                helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, ["batch", "classes"]),
                 helper.make_tensor_value_info(EMBEDS, TensorProto.FLOAT, ["batch", width]),
             ],
             [

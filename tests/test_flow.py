@@ -49,7 +49,9 @@ from edge_client.participate import participate
 from edge_client.participation import Participation
 from edge_client.train import TrainingStopped
 from edge_client.trainer import Trainer
-from export.artefact import Source, export_artefact
+from export.artefact import export_artefact
+from export.metadata import Source
+from export.parity import Proof
 from hardware_profiles.profile import Profile
 from hardware_profiles.profile import load as load_profile
 from protocol.bus import Bus, Delivery, MemoryBroker, Publish, Subscribe
@@ -278,7 +280,7 @@ def test_from_adapter_to_answers(calm: Outcome, homes: list[Path], tmp_path: Pat
     files = sorted(homes[0].rglob("*.png"))[:6]
     out = tmp_path / "model.onnx"
     parity = export_artefact(
-        Source(bank, adapter, RECIPE.training(DEPTH), "flow", 2), [Image.open(f) for f in files], 4, out
+        Source(bank, adapter, RECIPE.training(DEPTH), "flow", 2), Proof([Image.open(f) for f in files]), 4, out
     )
     assert parity.cosine_min >= 0.999
     answer = Classifier(out).classify(files[0], top=4)

@@ -26,7 +26,9 @@ from clipcast.exit_codes import INTERRUPTED
 from coordinator.records import RoundRecord
 from coordinator.state.store import FIRST_BANK, Store
 from edge_client.infer import Classifier
-from export.artefact import Source, export_artefact
+from export.artefact import export_artefact
+from export.metadata import Source
+from export.parity import Proof
 from protocol.events import ClientSeen
 from protocol.link import Link
 from protocol.mqtt import MqttBus
@@ -179,7 +181,7 @@ def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store) -> 
     chosen = [_open(file) for file in files[:: max(1, len(files) // PARITY_PICTURES)]]
     path = settings.out / "model.onnx"
     source = Source(bank, adapter, settings.recipe, settings.federation, number)
-    parity = export_artefact(source, chosen, settings.bits, path)
+    parity = export_artefact(source, Proof(chosen), settings.bits, path)
     classifier = Classifier(path)
     answers = [(file.parent.name, classifier.classify(file)) for file in files]
     return {

@@ -22,7 +22,9 @@ from clip_lora.towers import load_sizes
 from clipcast import __version__
 from clipcast.exit_codes import CODES
 from coordinator.text_bank import make_bank
-from export.artefact import Source, export_artefact
+from export.artefact import export_artefact
+from export.metadata import Source
+from export.parity import Proof
 from protocol.messages import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture.save(folder / "picture.png")
     bank = make_bank("tiny-clip", ("cat", "dog"), ("a photo of a {}",))
     adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
-    export_artefact(Source(bank, adapter, recipe, "lab", 0), [picture], 32, folder / "model.onnx")
+    export_artefact(Source(bank, adapter, recipe, "lab", 0), Proof([picture]), 32, folder / "model.onnx")
     return folder / "model.onnx"
 
 

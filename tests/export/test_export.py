@@ -20,9 +20,11 @@ from coordinator.text_bank import make_bank
 from edge_client.data import find_pictures
 from edge_client.errors import InferenceError
 from edge_client.infer import Classifier
-from export.artefact import METADATA, Source, export_artefact
+from export.artefact import export_artefact
 from export.errors import ExportError
 from export.graph import IMAGES, OPSET, PIXELS, preprocessing_graph
+from export.metadata import METADATA, Source
+from export.parity import Proof
 from protocol.messages import Recipe, TextBank
 
 RECIPE = Recipe(rank=2)
@@ -57,7 +59,7 @@ def smooth(height: int, width: int) -> Image.Image:
 def exported(bank: TextBank, adapter: Adapter, digits: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "model.onnx"
     pictures = [*digits, *(smooth(*size) for size in SIZES)]
-    parity = export_artefact(Source(bank, adapter, RECIPE, "lab", 3), pictures, 4, out)
+    parity = export_artefact(Source(bank, adapter, RECIPE, "lab", 3), Proof(pictures), 4, out)
     assert parity.cosine_min >= 0.999
     assert parity.top1_agreement == 1.0
     assert 0.97 < parity.quantised_cosine_min < 0.99999  # 4-bit differs from full precision, but not by much
@@ -114,13 +116,13 @@ def test_a_model_that_differs_from_torch_is_not_written(
 
     monkeypatch.setattr("export.artefact.preprocessing_graph", wrong)
     with pytest.raises(ExportError, match="differs from torch: cosine"):
-        export_artefact(Source(bank, adapter, RECIPE, "lab", 3), digits, 4, tmp_path / "model.onnx")
+        export_artefact(Source(bank, adapter, RECIPE, "lab", 3), Proof(digits), 4, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_export_without_pictures_is_refused(bank: TextBank, adapter: Adapter, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no pictures"):
-        export_artefact(Source(bank, adapter, RECIPE, "lab", 3), [], 4, tmp_path / "model.onnx")
+        export_artefact(Source(bank, adapter, RECIPE, "lab", 3), Proof([]), 4, tmp_path / "model.onnx")
 
 
 def test_export_from_other_weights_than_the_federations_is_refused(
@@ -128,7 +130,7 @@ def test_export_from_other_weights_than_the_federations_is_refused(
 ) -> None:
     foreign = TextBank(**{**vars(bank), "model_digest": "0" * 64})
     with pytest.raises(ExportError, match="the federation used 000000000000"):
-        export_artefact(Source(foreign, adapter, RECIPE, "lab", 3), digits, 4, tmp_path / "model.onnx")
+        export_artefact(Source(foreign, adapter, RECIPE, "lab", 3), Proof(digits), 4, tmp_path / "model.onnx")
 
 
 def test_the_classifier_answers_with_labels_and_milliseconds(

@@ -23,7 +23,9 @@ from clip_lora.towers import load_sizes
 from clipcast.exit_codes import PROVISION, UNFIT, WARNINGS
 from coordinator.broker.authority import Authority
 from coordinator.text_bank import make_bank
-from export.artefact import Source, export_artefact
+from export.artefact import export_artefact
+from export.metadata import Source
+from export.parity import Proof
 from protocol.messages import Recipe
 from protocol.trust.claims import Claim
 from tests.faults.lab import Lab, secured_mosquitto
@@ -92,7 +94,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe, out = Recipe(rank=2), tmp_path_factory.mktemp("export") / "model.onnx"
     adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
     bank = make_bank("tiny-clip", ("zero", "one", "two"), ("a photo of a {}",))
-    export_artefact(Source(bank, adapter, recipe, "lab", 1), [PICTURE], 4, out)
+    export_artefact(Source(bank, adapter, recipe, "lab", 1), Proof([PICTURE]), 4, out)
     return out
 
 
