@@ -108,6 +108,7 @@ def _merged(name: str, source: Source) -> nn.Module:
 
 def _build(flavour: Flavour, tower: nn.Module, source: Source, preprocessing: Preprocessing, proof: Proof) -> bytes:
     encoder = _encoder(flavour, tower, source, preprocessing, proof)
+    del encoder.graph.value_info[:]  # of the types and shapes before a flavour was made of it
     before = preprocessing_graph(preprocessing, encoder.ir_version)
     after = classifier_graph(source.bank.embeddings, source.bank.logit_scale, encoder.ir_version)
     model = join(before, encoder, after)

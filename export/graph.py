@@ -94,17 +94,18 @@ def _resize(source: str, size: str, *, axis: int, out: str) -> list[onnx.NodePro
 
 
 def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int) -> onnx.ModelProto:
-    """Return embeds (batch, D) of unit length -> softmax over classes of logit_scale * embeds . t_c; t_c (C, D).
+    """Return embeds (batch, D) -> the same of unit length, and the softmax over classes of logit_scale * unit . t_c.
 
-    The t_c are an input with these as its default: another class bank, of any number of classes, needs no other graph.
+    The t_c (C, D) are an input with these as its default: another class bank, of any number of classes, needs no other graph.
     """
     width = embeddings.shape[1]
     nodes = [
+        helper.make_node("ReduceL2", ["embeds_in", "width_axis"], ["length"], keepdims=1),
+        helper.make_node("Div", ["embeds_in", "length"], [EMBEDS]),
         helper.make_node("Transpose", [CLASS_EMBEDDINGS], ["columns"], perm=[1, 0]),
-        helper.make_node("MatMul", ["embeds_in", "columns"], ["cosines"]),
+        helper.make_node("MatMul", [EMBEDS, "columns"], ["cosines"]),
         helper.make_node("Mul", ["cosines", "logit_scale"], ["logits"]),
         helper.make_node("Softmax", ["logits"], [PROBABILITIES], axis=-1),
-        helper.make_node("Identity", ["embeds_in"], [EMBEDS]),
     ]
     return _model(
         helper.make_graph(
@@ -121,6 +122,7 @@ def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int
             [
                 numpy_helper.from_array(embeddings.astype(np.float32), CLASS_EMBEDDINGS),
                 numpy_helper.from_array(np.array(logit_scale, np.float32), "logit_scale"),
+                numpy_helper.from_array(np.array([1], np.int64), "width_axis"),
             ],
         ),
         ir_version,

@@ -69,7 +69,6 @@ def _open_factors(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
             graph.input.append(helper.make_tensor_value_info(public, TensorProto.FLOAT, free))
             for node in graph.node:
                 node.input[:] = [public if entry == traced else entry for entry in node.input]
-    del graph.value_info[:]  # of rank 1, as traced
     return model
 
 

@@ -58,7 +58,7 @@ class Parity:
             found.append(f"cosine {self.cosine_min:.6f} on the worst of {self.pictures} pictures, {gate.cosine} is required")
         if self.accuracy is not None and self.torch_accuracy is not None:
             lost = self.torch_accuracy - self.accuracy
-            if lost > gate.accuracy:
+            if lost > gate.accuracy + 1e-9:  # 0.905 - 0.9 is more than 0.005
                 found.append(
                     f"accuracy {self.accuracy:.1%} on {self.labelled} pictures where torch has {self.torch_accuracy:.1%}, "
                     f"{100 * gate.accuracy:g} points may be lost"

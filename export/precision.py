@@ -23,8 +23,10 @@ BLOCK = 32  # weights that share a scale in int4
 def half(encoder: onnx.ModelProto) -> onnx.ModelProto:
     """Return the encoder in float16, with float32 inputs and outputs, and float32 where sums are taken."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     made: onnx.ModelProto = convert_float_to_float16(encoder, keep_io_types=True, op_block_list=IN_FLOAT)
+    OnnxModel.graph_topological_sort(made.graph)  # it appends its casts
     return made
 
 

@@ -1,4 +1,4 @@
-"""The image tower as an ONNX graph: pixel_values (N, 3, H, W) -> unit embeddings (N, D)."""
+"""The image tower as an ONNX graph: pixel_values (N, 3, H, W) -> embeddings (N, D), of any length."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 from torch import Tensor, nn
 
 from export.errors import ExportError
@@ -28,17 +27,16 @@ LEGACY_OPSET = 17  # ONNX Runtime's fusions for CLIP know what the older exporte
 
 
 class Encoder(nn.Module):
-    """pixel_values (N, 3, H, W) -> unit image embeddings (N, D)."""
+    """pixel_values (N, 3, H, W) -> image embeddings (N, D)."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return the unit embeddings of a batch."""
+        """Return the embeddings of a batch."""
         embeds: Tensor = self.tower(pixel_values=pixel_values).image_embeds
-        unit: Tensor = embeds / embeds.norm(dim=-1, keepdim=True)
-        return unit
+        return embeds
 
 
 def trace(tower: nn.Module) -> onnx.ModelProto:
@@ -104,14 +102,7 @@ def _plain_attention(config: Any) -> Iterator[None]:
 
 
 def _as_newer(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model of opset 17 as one of 18, with ONNX Runtime's own operators: of all here only reductions changed."""
-    for node in model.graph.node:
-        axes = next((attribute for attribute in node.attribute if attribute.name == "axes"), None)
-        if node.op_type.startswith("Reduce") and axes is not None:
-            name = f"{node.output[0]}_axes"
-            model.graph.initializer.append(numpy_helper.from_array(np.array(axes.ints, np.int64), name))
-            node.input.append(name)
-            node.attribute.remove(axes)
+    """Return a model of opset 17 as one of 18, with ONNX Runtime's own operators: no operator of a tower has changed."""
     del model.opset_import[:]
     model.opset_import.extend((helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)))
     model.ir_version = min(model.ir_version, MAX_IR)

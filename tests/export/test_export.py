@@ -14,10 +14,6 @@ from PIL import Image
 
 from clip_lora.algebra import Adapter
 from clip_lora.preprocess import load_preprocessing
-from clip_lora.shapes import adapter_shapes, initial_adapter
-from clip_lora.towers import load_sizes
-from coordinator.text_bank import make_bank
-from edge_client.data import find_pictures
 from edge_client.errors import InferenceError
 from edge_client.infer import Classifier
 from export.artefact import export_artefact
@@ -25,27 +21,10 @@ from export.errors import ExportError
 from export.graph import IMAGES, OPSET, PIXELS, preprocessing_graph
 from export.metadata import METADATA, Source
 from export.parity import Proof
-from protocol.messages import Recipe, TextBank
+from protocol.messages import TextBank
+from tests.export.making import RECIPE
 
-RECIPE = Recipe(rank=2)
 SIZES = [(8, 8), (64, 64), (61, 97), (500, 333), (33, 240)]
-
-
-@pytest.fixture(scope="session")
-def bank() -> TextBank:
-    return make_bank("tiny-clip", ("zero", "one", "two"), ("a photo of a {}",))
-
-
-@pytest.fixture(scope="session")
-def adapter() -> Adapter:
-    rng = np.random.default_rng(0)
-    start = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", RECIPE), 0)
-    return {n: rng.normal(0, 0.02, a.shape).astype(np.float32) if n.endswith("B") else a for n, a in start.items()}
-
-
-@pytest.fixture(scope="session")
-def digits() -> list[Image.Image]:
-    return [picture.load() for picture in find_pictures("digits")[:12]]
 
 
 def smooth(height: int, width: int) -> Image.Image:
