@@ -11,6 +11,7 @@ import typer
 
 from clipcast import __version__
 from clipcast.commands import (
+    bench,
     broker,
     ca,
     client,
@@ -25,7 +26,9 @@ from clipcast.commands import (
     plan,
     profiles,
     provisioning,
+    serve,
     simulate,
+    watch,
 )
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
 
@@ -51,6 +54,9 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("export")(export.export)
 app.command("infer")(infer.infer)
+app.command("serve")(serve.serve)
+app.command("watch")(watch.watch)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("simulate")(simulate.simulate)
 
@@ -63,6 +69,9 @@ EXTRAS = {
     "onnxscript": "export",
     "onnxruntime": "infer",
     "PIL": "infer",
+    "starlette": "infer",
+    "uvicorn": "infer",
+    "cv2": "camera",
     "iotcore": "demo",
     "sqlalchemy": "coordinator",
     "sklearn": "demo",

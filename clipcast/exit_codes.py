@@ -38,6 +38,7 @@ CODES = {
     "coordinator.errors.NotKeptError": FEDERATION,
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,
+    "edge_client.errors.PictureTooLargeError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,
     "hardware_profiles.facts.ProfileError": PROFILE,
 }

@@ -15,6 +15,10 @@ class InferenceError(RuntimeError):
     """An ONNX file or a picture that cannot be used for inference."""
 
 
+class PictureTooLargeError(InferenceError):
+    """A picture of more pixels than are taken; it was not unpacked."""
+
+
 class ShutOutError(RuntimeError):
     """The coordinator takes nothing more from this device: another one speaks under its name, with its key."""
 

@@ -94,9 +94,9 @@ def _resize(source: str, size: str, *, axis: int, out: str) -> list[onnx.NodePro
 
 
 def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int) -> onnx.ModelProto:
-    """Return embeds (batch, D) -> the same of unit length, and the softmax over classes of logit_scale * unit . t_c.
+    """Return embeds (batch, D) -> the same of unit length u, and the softmax over classes of logit_scale * u . t_c.
 
-    The t_c (C, D) are an input with these as its default: another class bank, of any number of classes, needs no other graph.
+    The t_c (C, D) are an input with these as its default: other classes, of any number, need no other graph.
     """
     width = embeddings.shape[1]
     nodes = [

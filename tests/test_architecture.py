@@ -125,16 +125,18 @@ def transitive_ours(start: Path) -> set[Path]:
     return seen
 
 
-def test_inference_reaches_no_torch_by_any_import() -> None:
-    for path in transitive_ours(ROOT / "edge_client" / "infer.py"):
-        assert not packages_of(path) & TORCH, path
+@pytest.mark.parametrize("folder", ["inference", "releases"])
+def test_what_answers_reaches_no_torch_by_any_import(folder: str) -> None:
+    for start in (ROOT / "edge_client" / folder).rglob("*.py"):
+        for path in transitive_ours(start):
+            assert not packages_of(path) & TORCH, f"{start.name} reaches torch by {path}"
 
 
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
         ("import protocol.mqtt, protocol.client_end, protocol.coordinator_end", TORCH | {"onnxruntime"}),
-        ("import edge_client.infer", TORCH),
+        ("import edge_client.inference.answering, edge_client.inference.pictures", TORCH),
         ("import coordinator.rounds, coordinator.model_process, clipcast.commands.coordinator", TORCH | {"onnxruntime"}),
         ("import edge_client.device, edge_client.participate", {"dp_accounting", "absl"}),
         ("import hardware_profiles.detect", TORCH | {"paho", "numpy"}),

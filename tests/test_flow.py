@@ -43,7 +43,9 @@ from edge_client.config import ClientConfig
 from edge_client.data import find_pictures
 from edge_client.device import new_client
 from edge_client.errors import ShutOutError, UnfitPlanError
-from edge_client.infer import Classifier
+from edge_client.inference.answering import Answering
+from edge_client.inference.model import Model
+from edge_client.inference.pictures import read_picture
 from edge_client.outbox import Outbox
 from edge_client.participate import participate
 from edge_client.participation import Participation
@@ -283,7 +285,7 @@ def test_from_adapter_to_answers(calm: Outcome, homes: list[Path], tmp_path: Pat
         Source(bank, adapter, RECIPE.training(DEPTH), "flow", 2), Proof([Image.open(f) for f in files]), 4, out
     )
     assert parity.cosine_min >= 0.999
-    answer = Classifier(out).classify(files[0], top=4)
+    answer = Answering(Model.open(out)).classify(read_picture(files[0]), top=4)
     assert set(answer.labels) == set(CLASSES)
     assert sum(answer.probabilities) == pytest.approx(1.0, abs=1e-4)
 

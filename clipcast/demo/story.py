@@ -25,7 +25,9 @@ from clipcast.demo.settings import DemoSettings
 from clipcast.exit_codes import INTERRUPTED
 from coordinator.records import RoundRecord
 from coordinator.state.store import FIRST_BANK, Store
-from edge_client.infer import Classifier
+from edge_client.inference.answering import Answering
+from edge_client.inference.model import Model
+from edge_client.inference.pictures import read_picture
 from export.artefact import export_artefact
 from export.metadata import Source
 from export.parity import Proof
@@ -182,8 +184,8 @@ def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store) -> 
     path = settings.out / "model.onnx"
     source = Source(bank, adapter, settings.recipe, settings.federation, number)
     parity = export_artefact(source, Proof(chosen), settings.bits, path)
-    classifier = Classifier(path)
-    answers = [(file.parent.name, classifier.classify(file)) for file in files]
+    answering = Answering(Model.open(path))
+    answers = [(file.parent.name, answering.classify(read_picture(file))) for file in files]
     return {
         "path": str(path),
         "cosine": parity.cosine_min,

@@ -14,8 +14,6 @@ from PIL import Image
 
 from clip_lora.algebra import Adapter
 from clip_lora.preprocess import load_preprocessing
-from edge_client.errors import InferenceError
-from edge_client.infer import Classifier
 from export.artefact import export_artefact
 from export.errors import ExportError
 from export.graph import IMAGES, OPSET, PIXELS, preprocessing_graph
@@ -110,30 +108,3 @@ def test_export_from_other_weights_than_the_federations_is_refused(
     foreign = TextBank(**{**vars(bank), "model_digest": "0" * 64})
     with pytest.raises(ExportError, match="the federation used 000000000000"):
         export_artefact(Source(foreign, adapter, RECIPE, "lab", 3), Proof(digits), 4, tmp_path / "model.onnx")
-
-
-def test_the_classifier_answers_with_labels_and_milliseconds(
-    exported: Path, digits: list[Image.Image], tmp_path: Path
-) -> None:
-    picture = tmp_path / "digit.png"
-    digits[0].save(picture)
-    answer = Classifier(exported).classify(picture, top=2)
-    assert len(answer.labels) == 2
-    assert answer.probabilities[0] >= answer.probabilities[1]
-    assert answer.milliseconds > 0
-
-
-def test_the_classifier_names_what_it_cannot_use(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InferenceError, match=r"none\.onnx: no such file"):
-        Classifier(tmp_path / "none.onnx")
-    (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    with pytest.raises(InferenceError, match="onnxruntime cannot load it"):
-        Classifier(tmp_path / "broken.onnx")
-    onnx.save(preprocessing_graph(load_preprocessing("tiny-clip"), 10), tmp_path / "foreign.onnx")
-    with pytest.raises(InferenceError, match="was not exported by clipcast"):
-        Classifier(tmp_path / "foreign.onnx")
-    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
-    with pytest.raises(InferenceError, match=r"cut\.png cannot be read as a picture"):
-        Classifier(exported).classify(tmp_path / "cut.png")
-    with pytest.raises(InferenceError, match=r"none\.png: no such picture"):
-        Classifier(exported).classify(tmp_path / "none.png")

@@ -10,9 +10,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from edge_client.doctor.answering import GRAPH, examine_answering, executes
+from edge_client.doctor.answering import examine_answering
 from edge_client.doctor.examination import examine
 from edge_client.doctor.training import examine_training
+from edge_client.inference.providers import GRAPH, executes
 from hardware_profiles.detect import detect
 from hardware_profiles.profile import load
 

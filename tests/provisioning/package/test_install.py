@@ -196,7 +196,7 @@ def test_the_real_wheel_with_real_wheels_answers_without_torch_and_without_a_net
     root = unpack(build_package(tmp_path, "infer", own.path, wheels), tmp_path / "root")
     install(root, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="0")
     assert says(root) == f"clipcast {own.version}"
-    check = "import onnxruntime, PIL, edge_client.infer, importlib.util as u; print(u.find_spec('torch'))"
+    check = "import onnxruntime, PIL, edge_client.inference.model, importlib.util as u; print(u.find_spec('torch'))"
     done = subprocess.run(
         [str(root / "opt/clipcast/venv/bin/python"), "-I", "-c", check], capture_output=True, text=True, check=True
     )

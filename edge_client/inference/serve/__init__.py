@@ -1,0 +1,1 @@
+"""`clipcast serve`: answers over HTTP, for programs and for people."""

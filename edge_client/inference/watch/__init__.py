@@ -1,0 +1,1 @@
+"""`clipcast watch`: answers what comes into a folder, or what a camera sees."""

@@ -1,0 +1,1 @@
+"""A device follows releases: fetch, verify, try, keep or go back. Nothing in here imports torch."""
