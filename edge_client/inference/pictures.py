@@ -45,6 +45,8 @@ def decode_picture(data: bytes, name: str = "the picture", max_pixels: int = MAX
                 return np.asarray(_eight_bits(upright).convert("RGB"))
     except PictureTooLargeError:
         raise
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit it does not even say how large
+        raise PictureTooLargeError(f"{name} has too many pixels: {error}") from error
     except Exception as error:  # Pillow's decoders raise what they like over broken files
         raise InferenceError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from edge_client.errors import InferenceError, PictureTooLargeError
 from edge_client.inference.answering import Answer, Answering
 from edge_client.inference.pictures import decode_picture
-from edge_client.inference.serve.limits import Asked, Limits, RefusedError, read_request
+from edge_client.inference.serve.limits import Asked, Held, Limits, RefusedError, body_of, read_request
 from edge_client.inference.serve.openapi import describe
 from edge_client.inference.serve.telling import Figures
 
@@ -41,6 +41,7 @@ class Service:
         self.figures = Figures()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self._pending = 0
+        self._held = Held(self.limits.held_bytes)
         self._workers = workers
 
     def app(self) -> Starlette:
@@ -67,16 +68,8 @@ class Service:
     async def classify(self, request: Request) -> Response:
         """Answer pictures, or say in JSON why not."""
         try:
-            self._check_room()
-            self._pending += 1
-            try:
-                asked = await read_request(request, self.limits)
-                loop = asyncio.get_running_loop()
-                answers = [
-                    await loop.run_in_executor(self._pool, self._answer, asked, i) for i in range(len(asked.pictures))
-                ]
-            finally:
-                self._pending -= 1
+            async with body_of(request, self.limits, self._held) as body:
+                answers = await self._answers(await read_request(request, body, self.limits))
         except RefusedError as error:
             return self._refused(error)
         model, _ = self.answering.current()
@@ -89,9 +82,15 @@ class Service:
         self.figures.requests.labels("200").inc()
         return JSONResponse({"answers": [asdict(answer) for answer in answers], "model": about})
 
-    def _check_room(self) -> None:
+    async def _answers(self, asked: Asked) -> list[Answer]:
         if self._pending >= self._workers + self.limits.waiting:
             raise RefusedError(503, "busy", f"{self._pending} requests are being answered or wait: try again")
+        self._pending += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return [await loop.run_in_executor(self._pool, self._answer, asked, i) for i in range(len(asked.pictures))]
+        finally:
+            self._pending -= 1
 
     def _answer(self, asked: Asked, index: int) -> Answer:
         name, data = asked.pictures[index]

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import binascii
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +17,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 FIELD = "picture"
+PASSED_OVER = 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of a body, pixels of a picture, pictures of a request, requests that wait, and seconds for a body to arrive."""
+    """Bytes of a body, pixels of a picture, pictures of a request, requests that wait, and seconds for a body to arrive.
+
+    All requests' bodies together have at most `held_bytes`: many senders must not fill a device's memory.
+    """
 
     body_bytes: int = 16 * 1024 * 1024
+    held_bytes: int = 64 * 1024 * 1024
     pixels: int = 50_000_000
     pictures: int = 16
     waiting: int = 32
@@ -36,6 +43,24 @@ class RefusedError(Exception):
         self.status, self.reason, self.detail = status, reason, detail
 
 
+@dataclass
+class Held:
+    """How many bytes of bodies are in memory, of all requests."""
+
+    most: int
+    now: int = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that have come; raises RefusedError if there is no room for them."""
+        if self.now + size > self.most:
+            raise RefusedError(503, "busy", "too much is being sent at the same time: try again")
+        self.now += size
+
+    def give_back(self, size: int) -> None:
+        """Count bytes that are gone."""
+        self.now -= size
+
+
 @dataclass(frozen=True)
 class Asked:
     """Encoded pictures with the names that errors give them, and how many classes are wanted of each."""
@@ -44,12 +69,11 @@ class Asked:
     top: int
 
 
-async def read_request(request: Request, limits: Limits) -> Asked:
+async def read_request(request: Request, body: bytes, limits: Limits) -> Asked:
     """Return what a request asks for; raises RefusedError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("multipart/form-data", "application/json"):
         raise RefusedError(415, "content-type", "send multipart/form-data with a field `picture`, or application/json")
-    body = await _body(request, limits)
     asked = await _form(request, body, limits) if kind == "multipart/form-data" else _json(body)
     if not asked.pictures:
         raise RefusedError(422, "no-picture", "no picture was sent: a form needs a file field `picture`, JSON `pictures`")
@@ -60,28 +84,36 @@ async def read_request(request: Request, limits: Limits) -> Asked:
     return asked
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    too_large = RefusedError(413, "too-large", f"the body is larger than {limits.body_bytes} bytes")
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length) > limits.body_bytes:
-        raise too_large
-    parts, size = [], 0
-
-    async def read() -> None:
-        nonlocal size
-        async for part in request.stream():
-            size += len(part)
-            if size > limits.body_bytes:
-                raise too_large
-            parts.append(part)
-
+@asynccontextmanager
+async def body_of(request: Request, limits: Limits, held: Held) -> AsyncIterator[bytes]:
+    """Read a request's body, which counts as held meanwhile; raises RefusedError."""
+    parts: list[bytes] = []
     try:
-        await asyncio.wait_for(read(), limits.body_seconds)
+        await asyncio.wait_for(_read(request, parts, limits, held), limits.body_seconds)
+        yield b"".join(parts)
     except asyncio.TimeoutError as error:
         raise RefusedError(408, "too-slow", f"the body did not arrive within {limits.body_seconds:g} s") from error
     except ClientDisconnect as error:
         raise RefusedError(400, "gone", "the connection was closed before the body was whole") from error
-    return b"".join(parts)
+    finally:
+        held.give_back(sum(map(len, parts)))
+
+
+async def _read(request: Request, parts: list[bytes], limits: Limits, held: Held) -> None:
+    """Fill `parts`.
+
+    Of what is too large the rest is passed over, within reason: whoever is sending does not hear why until it has sent.
+    """
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > PASSED_OVER * limits.body_bytes:
+            break
+        if size <= limits.body_bytes:
+            held.take(len(part))
+            parts.append(part)
+    if size > limits.body_bytes:
+        raise RefusedError(413, "too-large", f"the body is larger than {limits.body_bytes} bytes")
 
 
 async def _form(request: Request, body: bytes, limits: Limits) -> Asked:
