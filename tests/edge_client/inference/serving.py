@@ -66,9 +66,9 @@ class Serving:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Serving]:
+def serving(model: Path, *options: str, python: str = sys.executable) -> Iterator[Serving]:
     """Start `clipcast serve` on a free port; end it in good order."""
-    command = [sys.executable, "-m", "clipcast", "serve", str(model), "--port", "0", *options]
+    command = [python, "-m", "clipcast", "serve", str(model), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
