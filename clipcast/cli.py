@@ -25,6 +25,7 @@ from clipcast.commands import (
     plan,
     profiles,
     provisioning,
+    release,
     simulate,
 )
 from clipcast.exit_codes import BUG, INTERRUPTED, MISSING, code_of
@@ -44,6 +45,7 @@ device.app.command("wheelhouse")(packaging.wheelhouse)
 device.app.command("overlay")(flashing.overlay)
 device.app.command("flash-plan")(flashing.flash_plan)
 app.add_typer(device.app, name="device")
+app.add_typer(release.app, name="release")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")
 app.add_typer(profiles.app, name="profiles")

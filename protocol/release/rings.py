@@ -72,15 +72,15 @@ class Rollout(BaseModel):
     """A release on its way: what is announced, and which ring is open.
 
     `ring` counts from 0 and is the number of rings once the last is passed; `since` is the release's age when it opened,
-    and `named_before` how many devices were named then. A device in `excused` failed before an operator resumed: it counts
-    no more. Without rings it is for all at once, and no failure stops it.
+    None until a desk has seen it, and `named_before` how many devices were named then. A device in `excused` failed before
+    an operator resumed: it counts no more. Without rings it is for all at once, and no failure stops it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     release: Release
     rings: tuple[Ring, ...]
     ring: Annotated[int, Field(ge=0)] = 0
-    since: Finite = 0.0
+    since: Finite | None = None
     named_before: Annotated[int, Field(ge=0)] = 0
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
     max_failure_share: Share = 0.2
@@ -183,7 +183,8 @@ def _list_of(rollout: Rollout, name: str, standing: Standing, now: float) -> str
     if phase in FAILED:
         return "excused" if name in rollout.excused else "failed"
     moved = standing.moved if standing.report.release == rollout.release.version else 0.0
-    return "silent" if now - max(rollout.since, moved) >= rollout.timeout_s else "waiting"
+    since = now if rollout.since is None else max(rollout.since, moved)
+    return "silent" if now - since >= rollout.timeout_s else "waiting"
 
 
 def decide(rollout: Rollout, fleet: Mapping[str, Standing], now: float) -> Rollout:
@@ -193,6 +194,8 @@ def decide(rollout: Rollout, fleet: Mapping[str, Standing], now: float) -> Rollo
     """
     if rollout.release.state != "open" or not rollout.rings:
         return rollout
+    if rollout.since is None:
+        rollout = rollout.model_copy(update={"since": now})
     census = count(rollout, fleet, now)
     if census.failure_share > (0.0 if rollout.ring == 0 else rollout.max_failure_share):
         return stopped(rollout, "paused", "ring-failed")
@@ -209,12 +212,12 @@ def stopped(
     return rollout.model_copy(update={"release": release, "reason": reason})
 
 
-def resumed(rollout: Rollout, fleet: Mapping[str, Standing], now: float) -> Rollout:
+def resumed(rollout: Rollout, reports: Mapping[str, Report]) -> Rollout:
     """Return a release that goes on: who has failed so far counts no more, and the silent get as long as before."""
-    failed = {name for name, standing in fleet.items() if phase_of(rollout.release, standing.report) in FAILED}
+    failed = {name for name, report in reports.items() if phase_of(rollout.release, report) in FAILED}
     release = rollout.release.model_copy(update={"state": "open"})
     excused = tuple(sorted({*rollout.excused, *failed}))
-    return rollout.model_copy(update={"release": release, "reason": "", "excused": excused, "since": now})
+    return rollout.model_copy(update={"release": release, "reason": "", "excused": excused, "since": None})
 
 
 def _next_ring(rollout: Rollout, now: float) -> Rollout:
