@@ -26,6 +26,7 @@ from clipcast.commands import (
     plan,
     profiles,
     provisioning,
+    release,
     serve,
     simulate,
     watch,
@@ -47,6 +48,7 @@ device.app.command("wheelhouse")(packaging.wheelhouse)
 device.app.command("overlay")(flashing.overlay)
 device.app.command("flash-plan")(flashing.flash_plan)
 app.add_typer(device.app, name="device")
+app.add_typer(release.app, name="release")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")
 app.add_typer(profiles.app, name="profiles")

@@ -2,6 +2,7 @@
 
 clipcast/1/<federation>/classes                        retained  newest class bank
 clipcast/1/<federation>/round                          retained  newest round plan
+clipcast/1/<federation>/release                        retained  newest release
 clipcast/1/<federation>/key                            retained  the coordinator's keys, each signed by the one before
 clipcast/1/<federation>/blob/<sha256>/<i>              chunk of a broadcast blob
 clipcast/1/<federation>/to/<id>/<kind>                 coordinator to one client
@@ -105,6 +106,10 @@ class Topics:
     def coordinator_filters(self) -> tuple[str, ...]:
         """Return what the coordinator listens to: all clients' manifests and chunks."""
         return (f"{self._base}/from/+/+", f"{self._base}/from/+/blob/+/+")
+
+    def desk_filters(self) -> tuple[str, ...]:
+        """Return what the desk that sends releases out listens to: what all devices want, and how they say it goes."""
+        return (f"{self._base}/from/+/want", f"{self._base}/from/+/report")
 
     def status_filter(self) -> str:
         """Return the filter for every client's retained status."""

@@ -52,6 +52,7 @@ def test_the_topics_of_the_table_are_the_topics() -> None:
     assert [topic.replace("KIND", "need") for topic in filled] == [
         topics.broadcast("classes"),
         topics.broadcast("round"),
+        topics.broadcast("release"),
         topics.broadcast("key"),
         topics.blob(sha, 0),
         topics.to("jetson-1", "need"),

@@ -49,15 +49,16 @@ def run(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print each round's record as a JSON line.")] = False,
 ) -> None:
-    """Run the federation to its last round; a restart continues after the last finished round.
+    """Run the federation to its last round; a restart continues after the last finished round. Releases go out meanwhile.
 
     Example: `clipcast coordinator run coordinator.toml`
     """
     from coordinator.config import load
     from coordinator.model_process import ModelProcess
+    from coordinator.releases.desk import desk
 
     config = load(path)
-    with admitting(config), ModelProcess(config.model) as model:
+    with admitting(config), desk(config), ModelProcess(config.model) as model:
         for record in conduct(config, model):
             typer.echo(record.model_dump_json() if as_json else _line(record))
 

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Float,
     Index,
     Integer,
     MetaData,
@@ -138,6 +139,32 @@ ENROLMENTS = Table(
 A claim holds until `expires`, seconds since 1970 by this machine's clock, or until it was used: by the board whose public
 keys have the hash `used_by`, and that got `certificate`.
 """
+
+RELEASES = Table(
+    "releases",
+    _tables,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("revision", Integer, nullable=False),
+    Column("age", Float(53), nullable=False),
+    Column("made", BigInteger, nullable=False),
+    Column("about", Text, nullable=False),
+)
+"""What was announced to devices (protocol/release/rings.py, Rollout as JSON), the newest last.
+
+`revision` counts its changes, `age` the seconds that a desk has worked on it, and `made` is in seconds since 1970.
+"""
+
+REPORTS = Table(
+    "reports",
+    _tables,
+    Column("client", String(128), primary_key=True),
+    Column("report", Text, nullable=False),
+    Column("instance", String(16), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("moved", Float(53), nullable=False),
+    Column("heard", BigInteger, nullable=False),
+)
+"""What each device last said of releases (coordinator/releases/book.py, Heard)."""
 
 
 class Journal:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, Table, delete, func, insert, inspect, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from coordinator.state.journal import DEVICES, ENROLMENTS, UPDATES, Journal
 
@@ -127,10 +128,13 @@ def _replace(connection: Connection, table: Table, **row: object) -> None:
 
 
 def _register(connection: Connection, client: str, device: Device) -> Device:
-    known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one_or_none()
-    if known is None:
-        connection.execute(insert(DEVICES).values(client=client, **asdict(device)))
-        return device
+    row = {"client": client, **asdict(device)}
+    # The coordinator and the desk of its releases may see a new device at the same moment: the first one counts.
+    if connection.dialect.name == "sqlite":
+        connection.execute(sqlite.insert(DEVICES).values(**row).on_conflict_do_nothing())
+    else:
+        connection.execute(postgresql.insert(DEVICES).values(**row).on_conflict_do_nothing())
+    known = connection.execute(select(DEVICES).where(DEVICES.c.client == client)).one()
     if device.quarantined and not known.quarantined:
         connection.execute(update(DEVICES).where(DEVICES.c.client == client).values(quarantined=True))
     return Device(known.key, known.revoked, known.quarantined or device.quarantined)

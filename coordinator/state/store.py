@@ -29,6 +29,7 @@ from coordinator.collection import Answer
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
+from coordinator.releases.book import Book
 from coordinator.state.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal, not_written
 from coordinator.state.registry import Registry
 from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
@@ -85,6 +86,7 @@ class Store:
         self.blobs = Blobs(folder / "blobs")
         self._journal = Journal(folder, journal)
         self.registry = Registry(self._journal)
+        self.releases = Book(self._journal)
         self._keep_rounds = keep_rounds
 
     def close(self) -> None:

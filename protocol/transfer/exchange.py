@@ -211,15 +211,18 @@ class Serve:
     """The sending side of one blob: needs are merged, and each wanted chunk is given out once, lowest first.
 
     After a first need it waits `gather` seconds for others, because a broadcast chunk serves all who asked by then. What
-    it gave out is not given out again until it has `landed`: on a slow link it is still under way.
+    it gave out is not given out again until it has `landed`: on a slow link it is still under way. And not for `rest`
+    seconds: who asks meanwhile has asked before it came.
     """
 
     blob: bytes | KeptBlob
     ref: BlobRef
     gather: float = 0.0
+    rest: float = 0.0
     _wanted: set[int] = field(default_factory=set)
     _out: set[int] = field(default_factory=set)
     _ready: float = 0.0
+    _given: dict[int, float] = field(default_factory=dict)  # when, of those that rest
 
     @property
     def busy(self) -> bool:
@@ -232,7 +235,8 @@ class Serve:
 
     def need(self, bitmap: str, now: float) -> None:
         """Take in one receiver's need; raises WireError for a bitmap of another size."""
-        wanted = from_bitmap(bitmap, self.ref.chunks) - self._out
+        self._given = {index: given for index, given in self._given.items() if now - given < self.rest}
+        wanted = from_bitmap(bitmap, self.ref.chunks) - self._out - self._given.keys()
         if wanted and not self._wanted:
             self._ready = now + self.gather
         self._wanted |= wanted
@@ -244,6 +248,8 @@ class Serve:
         taken = sorted(self._wanted)[: max(room, 0)]
         self._wanted.difference_update(taken)
         self._out.update(taken)
+        if self.rest:
+            self._given.update(dict.fromkeys(taken, now))
         size = self.ref.chunk_size
         try:
             return [(index, self.blob[index * size : (index + 1) * size]) for index in taken]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
@@ -14,9 +15,11 @@ from protocol.messages import (
     CHUNK_SIZE,
     MAX_BLOB_SIZE,
     MAX_CHUNKS,
+    MAX_LARGE_BLOB_SIZE,
     BlobRef,
     ClassBankManifest,
     ClientAdapter,
+    LargeBlobRef,
     Need,
     Notice,
     Offer,
@@ -27,6 +30,7 @@ from protocol.messages import (
     Status,
     Successor,
 )
+from protocol.release.manifests import Health, Release, Report, Smoke, Want
 
 SHA = "ab" * 32
 names = st.from_regex(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}", fullmatch=True)
@@ -57,6 +61,13 @@ plain = st.builds(
     features_from=st.sampled_from(["start", "trained"]),
 )
 recipes = plain | st.builds(Recipe, features_per_class=st.just(0), privacy=privacies)
+versions = st.integers(1, 2**40)
+
+
+def base64_text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 MANIFESTS = {
     "key": st.builds(Successor, next=st.from_regex(r"\A[A-Za-z0-9_-]{43}\Z")),
     "classes": st.builds(ClassBankManifest, version=counts, blob=refs),
@@ -103,6 +114,42 @@ MANIFESTS = {
         max_rank=st.none() | st.integers(1, 256),
         detail=st.text(max_size=500),
     ),
+    "release": st.builds(
+        Release,
+        version=versions,
+        state=st.sampled_from(["open", "paused", "aborted"]),
+        rollback=st.booleans(),
+        artefact=st.builds(LargeBlobRef, sha256=digests, size=st.integers(1, MAX_LARGE_BLOB_SIZE)),
+        adapter=st.none() | refs,
+        classes=st.none() | refs,
+        profiles=st.lists(names, max_size=4).map(tuple),
+        devices=st.lists(names, max_size=32).map(tuple),
+        percent=st.floats(0, 100),
+        smoke=st.builds(
+            Smoke,
+            picture=st.binary(min_size=1, max_size=3750).map(base64_text),
+            label=st.text(min_size=1, max_size=60),
+            embedding=st.binary(min_size=3, max_size=1024).map(base64_text),
+            min_cosine=st.floats(0, 1, exclude_min=True, exclude_max=True),
+        ),
+        health=st.builds(Health, window_s=st.floats(0, 7 * 86400, exclude_min=True), max_latency_ratio=st.floats(1, 1000)),
+        note=st.text(max_size=200),
+    ),
+    "want": st.builds(Want, sha256=digests, missing=st.binary(min_size=1, max_size=4096).map(bytes.hex)),
+    "report": st.builds(
+        Report,
+        running=counts,
+        release=versions,
+        phase=st.sampled_from(["idle", "fetching", "staged", "trying", "committed", "refused", "rolled-back"]),
+        profile=st.none() | names,
+        reason=st.none() | names,
+        detail=st.text(max_size=500),
+        answers=counts,
+        errors=counts,
+        latency_ms=st.none() | finite,
+        agreement=st.none() | st.floats(0, 1),
+    )
+    | st.builds(Report, running=counts),
 }
 PLAN = RoundPlan(
     run="run-1",
@@ -126,6 +173,7 @@ OFFER = Offer(
     train_seconds=1.5,
     bytes_received=0,
 )
+REPORT = Report(running=6, release=7, phase="trying")
 
 
 def changed(manifest, frame=None, **body) -> bytes:
@@ -189,6 +237,10 @@ def test_a_manifest_above_12_kb_is_not_sent():
         (changed(OFFER, base=SHA.upper()), "bad offer manifest: base"),
         (changed(OFFER, blob={"sha256": SHA, "size": 0}), "bad offer manifest: blob.size"),
         (changed(OFFER, blob={"sha256": SHA, "size": 1, "chunk_size": 1}), "bad offer manifest: blob.chunk_size"),
+        (changed(REPORT, phase="done"), "bad report manifest: phase"),
+        (changed(REPORT, release=None), "bad report manifest: Value error, phase 'trying' of no release"),
+        (changed(REPORT, release=0), "bad report manifest: release"),
+        (changed(REPORT, latency_ms=float("inf")), "bad report manifest: latency_ms"),
         (b"", "not an envelope"),
         (b"null", "not an envelope"),
         (b"[" * 12000, "not an envelope"),

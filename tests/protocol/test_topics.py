@@ -134,6 +134,9 @@ def test_filters_cover_the_sides_own_topics_and_no_others():
     assert coordinator_hears(topics.upload("b", SHA, 3))
     assert not coordinator_hears(mine)
     assert not coordinator_hears(topics.blob(SHA, 3))
+    said = [topics.from_("a", kind) for kind in ("want", "report", "need", "status", "offer")]
+    heard_by_the_desk = [topic for topic in said if any(matches(wanted, topic) for wanted in topics.desk_filters())]
+    assert heard_by_the_desk == said[:2]
     assert matches(topics.blob_filter(SHA), topics.blob(SHA, 3))
     assert not matches(topics.blob_filter(SHA), topics.blob("cd" * 32, 3))
     assert matches(topics.status_filter(), topics.from_("b", "status"))
