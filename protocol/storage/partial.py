@@ -111,7 +111,7 @@ class FilePartial:
         record = RECORD.pack(offset, len(data), _crc(offset, data)) + data
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _write(handle, record, self._end)  # over what a failed write may have left
+            write_at(handle, record, self._end)  # over what a failed write may have left
             self._unsynced += len(record)
             if self._unsynced >= SYNC_BYTES:
                 os.fsync(handle)
@@ -218,7 +218,8 @@ def _records(log: bytes, size: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def _write(handle: int, data: bytes, position: int) -> None:
+def write_at(handle: int, data: bytes, position: int) -> None:
+    """Write all of `data` at a position of an open file; raises OSError."""
     view = memoryview(data)
     while view:
         written = os.pwrite(handle, view, position)
