@@ -39,6 +39,7 @@ CODES = {
     "export.errors.ExportError": EXPORT,
     "edge_client.errors.InferenceError": INFERENCE,
     "edge_client.errors.PictureTooLargeError": INFERENCE,
+    "edge_client.errors.NoModelError": INFERENCE,
     "clipcast.demo.errors.DemoError": DEMO,
     "hardware_profiles.facts.ProfileError": PROFILE,
 }

@@ -53,12 +53,12 @@ url = "{broker}"
 
 
 class ClientConfig(BaseModel):
-    """One edge client."""
+    """One edge client. Without `data` it trains nothing, and may answer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     id: Name
     federation: Name
-    data: str
+    data: str | None = None
     state: Annotated[Path, Field(validate_default=True)] = Path()
     coordinator_key: str | None = None
     profile: str | None = None
@@ -97,8 +97,8 @@ class ClientConfig(BaseModel):
 
     @field_validator("data")
     @classmethod
-    def _relative_to_the_file(cls, data: str, info: ValidationInfo) -> str:
-        return data if data == DIGITS else beside(data, info)
+    def _relative_to_the_file(cls, data: str | None, info: ValidationInfo) -> str | None:
+        return data if data in (None, DIGITS) else beside(str(data), info)
 
     @field_validator("state")
     @classmethod

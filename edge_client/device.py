@@ -13,6 +13,7 @@ from clip_lora.towers import as_dtype
 from edge_client.checkpoint import Checkpoint
 from edge_client.config import DIGITS, ClientConfig, Placement, told
 from edge_client.data import find_pictures, open_dataset
+from edge_client.errors import DataError
 from edge_client.participation import Participation
 from edge_client.privacy.budget import Budget
 from edge_client.probes import kernel, quantised
@@ -60,6 +61,8 @@ def new_client(
     `done` is what the outbox holds; `report` is told what is done other than the settings ask for. Raises DataError if the
     pictures cannot be found, and LedgerError if the privacy ledger cannot be read: now, not when a round begins.
     """
+    if config.data is None:
+        raise DataError("`data` is missing in the settings: name a folder of pictures with one sub-folder per class")
     budget = Budget.open(config.state, config.max_epsilon, config.max_delta)
     if config.data != DIGITS:
         find_pictures(config.data)

@@ -19,6 +19,10 @@ class PictureTooLargeError(InferenceError):
     """A picture of more pixels than are taken; it was not unpacked."""
 
 
+class NoModelError(InferenceError):
+    """There is nothing to answer with yet: a device that was set up without a model waits for its first release."""
+
+
 class ShutOutError(RuntimeError):
     """The coordinator takes nothing more from this device: another one speaks under its name, with its key."""
 

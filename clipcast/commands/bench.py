@@ -33,7 +33,7 @@ def bench(
 
     Example: `clipcast bench model.onnx`, `clipcast bench model.onnx --batch 1 --seconds 60 --json`
     """
-    from clipcast.commands.infer import open_model
+    from clipcast.commands.answers import open_model
     from edge_client.inference.pictures import read_picture
     from edge_client.inference.speed import measure
     from edge_client.monitor.monitor import Monitor

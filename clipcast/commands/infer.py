@@ -41,6 +41,7 @@ def infer(
 
     Example: `clipcast infer model.onnx cat.jpg photos/ --top 3`, `find . -name '*.jpg' | clipcast infer model.onnx - --csv`
     """
+    from clipcast.commands.answers import open_model
     from edge_client.inference.batches import answer_files
 
     opened = open_model(model, adapter, provider, profile)
@@ -56,25 +57,6 @@ def infer(
     if failed:
         typer.echo(f"error: {failed} of {len(files)} pictures could not be answered", err=True)
         raise typer.Exit(INFERENCE)
-
-
-def open_model(model: Path, adapter: Path | None, provider: str, profile: str, threads: int = 0) -> Model:
-    """Load a model for this board; raises InferenceError, ProfileError."""
-    from edge_client.inference.model import Model
-    from edge_client.inference.providers import runtime_for
-    from hardware_profiles.detect import detect
-    from hardware_profiles.profile import load
-
-    board = load(profile) if profile else detect().profile
-    return Model.open(model, runtime_for(board, provider, threads, engines()), adapter=adapter)
-
-
-def engines() -> Path:
-    """Return where engines that a provider has built are kept."""
-    import os
-
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "clipcast" / "engines"
 
 
 def named(pictures: Iterable[Path]) -> Iterator[Path]:

@@ -11,8 +11,13 @@ MEGA = 1_000_000
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="An ONNX file made by `clipcast export`.")],
+    model: Annotated[
+        Path | None, typer.Argument(help="An ONNX file made by `clipcast export`; with --releases it may be left out.")
+    ] = None,
     *,
+    releases: Annotated[
+        Path | None, typer.Option(help="A client's settings: follow the releases that its coordinator announces.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all of the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8470,
     adapter: Annotated[Path | None, typer.Option(help="An adapter for a file of flavour adapter.")] = None,
@@ -27,11 +32,12 @@ def serve(
 
     There is no password: keep it on this machine, or put a proxy in front that asks for one.
 
-    Example: `clipcast serve model.onnx`, `clipcast serve model.onnx --host 0.0.0.0 --port 80`
+    Example: `clipcast serve model.onnx`, `clipcast serve --releases /etc/clipcast/client.toml --host 0.0.0.0`
     """
-    from clipcast.commands.infer import open_model
+    if model is None and releases is None:
+        raise typer.BadParameter("name a MODEL, or the settings of a client that follows releases: --releases client.toml")
+    from clipcast.commands.answers import answering_with
     from edge_client.allocator import return_freed_memory
-    from edge_client.inference.answering import Answering
     from edge_client.inference.serve.app import Service
     from edge_client.inference.serve.limits import Limits
     from edge_client.inference.serve.server import address, listen
@@ -39,7 +45,7 @@ def serve(
 
     return_freed_memory()
     listening = listen(host, port)
-    answering = Answering(open_model(model, adapter, provider, profile, threads))
     limits = Limits(body_bytes=max_body_mb * MEGA, pixels=max_megapixels * MEGA)
-    service = Service(answering, limits, workers)
-    run(service.app(), listening, lambda: typer.echo(f"answering on {address(listening)}"))
+    with answering_with(model, adapter, releases, provider, profile, threads) as answering:
+        service = Service(answering, limits, workers)
+        run(service.app(), listening, lambda: typer.echo(f"answering on {address(listening)}"))

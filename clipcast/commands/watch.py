@@ -31,6 +31,9 @@ def watch(
     ] = "",
     topic: Annotated[str, typer.Option(help="The topic there.")] = "",
     adapter: Annotated[Path | None, typer.Option(help="An adapter for a file of flavour adapter.")] = None,
+    releases: Annotated[
+        Path | None, typer.Option(help="A client's settings: follow the releases that its coordinator announces.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each answer; 0: as the profile says.")] = 0,
     provider: Annotated[str, typer.Option(help="An onnxruntime provider, instead of the profile's.")] = "",
     profile: Annotated[str, typer.Option(help="Instead of the board that is detected.")] = "",
@@ -39,9 +42,8 @@ def watch(
 
     Example: `clipcast watch model.onnx /srv/incoming --json`, `clipcast watch model.onnx 0 --every 0.5`
     """
-    from clipcast.commands.infer import open_model
+    from clipcast.commands.answers import answering_with
     from edge_client.allocator import return_freed_memory
-    from edge_client.inference.answering import Answering
 
     if bool(mqtt) != bool(topic):
         raise typer.BadParameter("--mqtt and --topic go together: the broker, and where answers go there")
@@ -49,8 +51,7 @@ def watch(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    answering = Answering(open_model(model, adapter, provider, profile, threads))
-    with telling(mqtt, topic) as send:
+    with telling(mqtt, topic) as send, answering_with(model, adapter, releases, provider, profile, threads) as answering:
 
         def tell(seen: Seen) -> None:
             typer.echo(json.dumps(seen.record()) if as_json else _line(seen))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_client.errors import InferenceError
+from edge_client.errors import InferenceError, NoModelError
 from edge_client.inference.model import Model, Scores
 from edge_client.inference.pictures import Pixels
 
@@ -41,17 +41,17 @@ class Outcome:
 class Answering:
     """Holds the current model. Any number of threads may ask; `switch` takes effect for those that ask after it."""
 
-    def __init__(self, model: Model, version: int = 0) -> None:
+    def __init__(self, model: Model | None, version: int = 0) -> None:
         self._lock = threading.Lock()
         self._current = (model, version)
         self._observer: Callable[[Outcome], None] | None = None
 
-    def current(self) -> tuple[Model, int]:
-        """Return the model and its version, of one moment."""
+    def current(self) -> tuple[Model | None, int]:
+        """Return the model and its version, of one moment; None while there is none yet."""
         with self._lock:
             return self._current
 
-    def switch(self, model: Model, version: int) -> None:
+    def switch(self, model: Model | None, version: int) -> None:
         """Answer with another model from now on."""
         with self._lock:
             self._current = (model, version)
@@ -61,8 +61,10 @@ class Answering:
         self._observer = observer
 
     def classify(self, image: Pixels, top: int = 1) -> Answer:
-        """Answer one picture, uint8 (H, W, 3); raises InferenceError."""
+        """Answer one picture, uint8 (H, W, 3); raises InferenceError, NoModelError while there is no model."""
         model, version = self.current()
+        if model is None:
+            raise NoModelError("there is no model yet: the first release brings one")
         started = time.perf_counter()
         try:
             scores = model.run(image[None])

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,16 +70,11 @@ class LargePartial:
 
         Raises OSError.
         """
-        found = hashlib.sha256()
-        with self._path.open("r+b") as file:
-            file.truncate(self._size)
-            while part := file.read(READ_BYTES):
-                found.update(part)
-            if found.hexdigest() == digest:
-                os.fsync(file.fileno())
-        if found.hexdigest() != digest:
+        if file_sha256(self._path) != digest:
             self.clear()
             return False
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
         make_folder(target.parent)
         self._path.replace(target)
         sync_folder(target.parent)
@@ -115,6 +111,31 @@ def room_for(refs: list[BlobRef], folder: Path) -> bool:
     """Whether the disk of a folder has room for these blobs, and some to spare."""
     make_folder(folder)
     return shutil.disk_usage(folder).free >= sum(ref.size for ref in refs) + SPARE_BYTES
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex; raises OSError."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(READ_BYTES):
+            found.update(part)
+    return found.hexdigest()
+
+
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all; raises OSError."""
+    make_folder(target.parent)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
+            shutil.copyfileobj(file, copy, READ_BYTES)
+            copy.flush()
+            os.fsync(copy.fileno())
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
 
 
 @contextlib.contextmanager

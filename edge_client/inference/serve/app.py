@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from edge_client.errors import InferenceError, PictureTooLargeError
+from edge_client.errors import InferenceError, NoModelError, PictureTooLargeError
 from edge_client.inference.answering import Answer, Answering
+from edge_client.inference.model import Model
 from edge_client.inference.pictures import decode_picture
 from edge_client.inference.serve.limits import Asked, Held, Limits, RefusedError, body_of, read_request
 from edge_client.inference.serve.openapi import describe
@@ -73,14 +74,8 @@ class Service:
         except RefusedError as error:
             return self._refused(error)
         model, _ = self.answering.current()
-        about = {
-            "model": model.facts.model,
-            "flavour": model.facts.flavour,
-            "federation": model.facts.federation,
-            "round": model.facts.round,
-        }
         self.figures.requests.labels("200").inc()
-        return JSONResponse({"answers": [asdict(answer) for answer in answers], "model": about})
+        return JSONResponse({"answers": [asdict(answer) for answer in answers], "model": about(model)})
 
     async def _answers(self, asked: Asked) -> list[Answer]:
         if self._pending >= self._workers + self.limits.waiting:
@@ -102,6 +97,8 @@ class Service:
             raise RefusedError(422, "not-a-picture", str(error)) from error
         try:
             answer = self.answering.classify(image, asked.top)
+        except NoModelError as error:
+            raise RefusedError(503, "no-model", str(error)) from error
         except InferenceError as error:
             self.figures.failures.inc()
             log.error("no answer: %s", error)  # noqa: TRY400 - no bug of ours, no traceback
@@ -113,6 +110,8 @@ class Service:
     async def ready(self, _: Request) -> Response:
         """Say whether a model is loaded."""
         model, version = self.answering.current()
+        if model is None:
+            return PlainTextResponse("no model yet\n", 503)
         return PlainTextResponse(f"ready: {model.facts.model}, release {version}\n")
 
     async def metrics(self, _: Request) -> Response:
@@ -123,6 +122,14 @@ class Service:
         self.figures.requests.labels(str(error.status)).inc()
         again = {"retry-after": str(BUSY_S)} if error.status == 503 else {}
         return JSONResponse({"error": {"reason": error.reason, "detail": error.detail}}, error.status, again)
+
+
+def about(model: Model | None) -> dict[str, object]:
+    """Return what an answer says of the model."""
+    if model is None:
+        return {}
+    facts = model.facts
+    return {"model": facts.model, "flavour": facts.flavour, "federation": facts.federation, "round": facts.round}
 
 
 def page(name: str) -> Response:

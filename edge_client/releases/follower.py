@@ -1,0 +1,217 @@
+"""What a device does about a release, sans-I/O: events go in, the state to keep and steps come out.
+
+A step is carried out after the state is on the disk. So a process that is cut off anywhere finds at its next start either
+the state before an event, and the event comes again, or the one after it, and `started` repeats the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_client.releases.slots import Ended, Final, Slot, State
+from protocol.release.manifests import Phase, Release, Report
+from protocol.release.rings import is_for
+
+MOST_BOOTS = 3
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Get the blobs of this release."""
+
+    release: Release
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Load this release beside the model that answers, and let it answer its smoke picture."""
+
+    release: Release
+
+
+@dataclass(frozen=True)
+class Use:
+    """Answer with this slot from now on, None for the model that the device was set up with; `watch` how that goes."""
+
+    slot: Slot | None
+    watch: Release | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Let go of what was being fetched or prepared."""
+
+
+Step = Fetch | Prepare | Use | Stop
+
+
+class Follower:
+    """One device's state of affairs. Each method returns what to do next, once `state` is kept."""
+
+    def __init__(self, device: str, profile: str | None, state: State) -> None:
+        self.state = state
+        self._device = device
+        self._profile = profile
+        self._news: Release | None = None  # the newest release, while another one is tried
+
+    def report(self) -> Report:
+        """Return what the coordinator is told."""
+        state, ended, running = self.state, self.state.ended, self.state.running
+        if state.release is not None:
+            phase: Phase = "fetching" if state.stage == "idle" else state.stage
+            return Report(running=running, profile=self._profile, release=state.release.version, phase=phase)
+        if ended is None:
+            return Report(running=running, profile=self._profile)
+        return Report(
+            running=running,
+            profile=self._profile,
+            release=ended.version,
+            phase=ended.phase,
+            reason=ended.reason,
+            detail=ended.detail,
+        )
+
+    def started(self) -> list[Step]:
+        """Begin where the last process ended; one that was trying a model for the third time in vain goes back."""
+        state = self.state
+        if state.stage == "trying":
+            assert state.release is not None
+            self._keep(boots=state.boots + 1)
+            if self.state.boots > MOST_BOOTS:
+                return self._back("crashed", f"the process ended {MOST_BOOTS} times while it was tried")
+            return [Use(state.current, state.release)]
+        using: list[Step] = [Use(state.current)]
+        if state.release is None:
+            return using
+        return [*using, Prepare(state.release) if state.stage == "staged" else Fetch(state.release)]
+
+    def announced(self, release: Release) -> list[Step]:
+        """Take in a release, new or said again."""
+        state = self.state
+        if state.stage == "trying" and not self._under_way(release):
+            if release.rollback:  # the operator wants all back, and knows more than the trial
+                return [*self._back("aborted", "the operator went back to another version"), *self.announced(release)]
+            self._news = release  # one thing after the other: the trial ends first
+            return []
+        self._news = None
+        if release.state == "aborted":
+            return self._aborted(release)
+        if not self._is_for_me(release):
+            return self._drop() if self._under_way(release) else []
+        if self._under_way(release):
+            return self._updated(release)
+        if self._is_done(release):
+            return []
+        if release.version < state.running and not release.rollback:
+            return [*self._drop(), *self._end(release, "refused", "older-version", f"version {state.running} is here")]
+        if release.version == state.running:
+            return [*self._drop(), *self._end(release, "committed")]
+        if release.state == "paused":
+            return self._drop()
+        self._keep(release=release, stage="fetching", ended=None)
+        return [Fetch(release)]
+
+    def fetched(self) -> list[Step]:
+        """Go on with the release under way: all its blobs are here."""
+        if self.state.stage != "fetching" or self.state.release is None:
+            return []
+        self._keep(stage="staged")
+        return [Prepare(self.state.release)]
+
+    def failed(self, reason: str, detail: str) -> list[Step]:
+        """Refuse the release under way: it cannot be had, or is not what it should be."""
+        if self.state.release is None or self.state.stage == "trying":
+            return []
+        release = self.state.release
+        self._keep(release=None, stage="idle")
+        return [Stop(), *self._end(release, "refused", reason, detail)]
+
+    def prepared(self) -> list[Step]:
+        """Switch, unless it is paused: the release under way has answered its smoke picture as it should."""
+        state = self.state
+        if state.stage != "staged" or state.release is None or state.release.state != "open":
+            return []
+        self._keep(previous=state.current, current=Slot.of(state.release), stage="trying", boots=0)
+        return [Use(self.state.current, state.release)]
+
+    def unusable(self, problem: str) -> list[Step]:
+        """Go back to the model before, or to what the device came with: the current one cannot be loaded, at a start."""
+        state = self.state
+        if state.stage == "trying":
+            return self._back("unreadable", problem)
+        self._keep(current=state.previous, previous=None)
+        return [Use(self.state.current)]
+
+    def judged(self, reason: str | None, detail: str = "") -> list[Step]:
+        """End the trial: well without a `reason`, else the model before comes back."""
+        state = self.state
+        if state.stage != "trying" or state.release is None:
+            return []
+        if reason is not None:
+            return self._back(reason, detail)
+        release = state.release
+        self._keep(release=None, stage="idle", boots=0)
+        return [*self._end(release, "committed"), *self._next()]
+
+    def _back(self, reason: str, detail: str) -> list[Step]:
+        state = self.state
+        assert state.release is not None
+        release = state.release
+        self._keep(current=state.previous, previous=None, release=None, stage="idle", boots=0)
+        self._end(release, "rolled-back", reason, detail)
+        return [Use(self.state.current), *self._next()]
+
+    def _aborted(self, release: Release) -> list[Step]:
+        if not self._under_way(release):
+            return []
+        if self.state.stage == "trying":
+            return self._back("aborted", "the operator ended this release")
+        self._keep(release=None, stage="idle")
+        return [Stop(), *self._end(release, "rolled-back", "aborted", "the operator ended this release")]
+
+    def _updated(self, release: Release) -> list[Step]:
+        """Take in the release under way as it is said anew: paused, resumed, in other chunks."""
+        known = self.state.release
+        if known == release:
+            return []
+        self._keep(release=release)
+        if self.state.stage == "fetching":
+            return [Fetch(release)]
+        return [Prepare(release)] if self.state.stage == "staged" and release.state == "open" else []
+
+    def _next(self) -> list[Step]:
+        """Turn to what was announced during a trial."""
+        news, self._news = self._news, None
+        return [] if news is None else self.announced(news)
+
+    def _drop(self) -> list[Step]:
+        if self.state.release is None or self.state.stage == "trying":
+            return []
+        self._keep(release=None, stage="idle")
+        return [Stop()]
+
+    def _end(self, release: Release, phase: Final, reason: str | None = None, detail: str = "") -> list[Step]:
+        ended = Ended(
+            version=release.version,
+            rollback=release.rollback,
+            phase=phase,
+            reason=reason,
+            detail=detail[:500],
+        )
+        self._keep(ended=ended)
+        return []
+
+    def _under_way(self, release: Release) -> bool:
+        known = self.state.release
+        return known is not None and (known.version, known.rollback) == (release.version, release.rollback)
+
+    def _is_done(self, release: Release) -> bool:
+        """Whether this very release has ended here: it is not tried again, only another version is, or a way back to it."""
+        ended = self.state.ended
+        return ended is not None and (ended.version, ended.rollback) == (release.version, release.rollback)
+
+    def _is_for_me(self, release: Release) -> bool:
+        return is_for(release, self._device, Report(running=self.state.running, profile=self._profile))
+
+    def _keep(self, **changes: object) -> None:
+        self.state = self.state.model_copy(update=changes)
