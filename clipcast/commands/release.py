@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Collection
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipcast.commands.release_view import as_record, show, some, where
+
 if TYPE_CHECKING:
     from coordinator.config import CoordinatorConfig
-    from coordinator.releases.book import Entry
     from coordinator.releases.orders import Orders
-    from coordinator.releases.summary import DeviceLine, Summary
     from coordinator.state.store import Store
     from protocol.messages import TextBank
     from protocol.release.manifests import Health
@@ -98,9 +95,7 @@ def create(
     )
     try_out = partial(smoke_of, picture=picture, classes=config.classes)
     entry = _orders(config, store).make(draft, try_out)
-    typer.echo(
-        f"release {entry.version} is announced: {_where(entry)}. The picture is {entry.rollout.release.smoke.label!r}"
-    )
+    typer.echo(f"release {entry.version} is announced: {where(entry)}. The picture is {entry.rollout.release.smoke.label!r}")
     _warn_of_newer(store)
     typer.echo(
         f"Next: clipcast release status {settings}. A desk sends it out: `clipcast coordinator run`, or `release run`"
@@ -123,11 +118,11 @@ def status(
     _, store = _open(settings)
     found = summary(store.releases, store.registry)
     if as_json:
-        typer.echo(json.dumps(None if found is None else _as_json(found)))
+        typer.echo(json.dumps(None if found is None else as_record(found)))
     elif found is None:
         typer.echo(f"no release yet: `clipcast release create {settings} --model model.onnx` makes the first")
     else:
-        _show(found, devices=devices)
+        show(found, devices=devices)
         _warn_of_newer(store)
 
 
@@ -149,7 +144,7 @@ def resume(settings: Settings = SETTINGS) -> None:
     """
     entry = _orders(*_open(settings)).resume()
     excused = ", ".join(entry.rollout.excused)
-    typer.echo(f"release {entry.version} goes on: {_where(entry)}" + (f". No more counted: {excused}" if excused else ""))
+    typer.echo(f"release {entry.version} goes on: {where(entry)}" + (f". No more counted: {excused}" if excused else ""))
 
 
 @app.command()
@@ -252,16 +247,6 @@ def _bank(store: Store, classes_from: str) -> TextBank:
     return store.bank(versions.get(number, FIRST_BANK))
 
 
-def _where(entry: Entry) -> str:
-    """Say how far a release is."""
-    rollout = entry.rollout
-    if not rollout.rings:
-        return "all devices at once"
-    if rollout.complete:
-        return f"all {len(rollout.rings)} rings passed"
-    return f"ring {rollout.ring + 1} of {len(rollout.rings)}, {rollout.rings[rollout.ring]}"
-
-
 def _warn_of_newer(store: Store) -> None:
     """Say it if devices know versions that the journal does not: then they refuse what comes from here."""
     from coordinator.releases.summary import summary
@@ -270,88 +255,7 @@ def _warn_of_newer(store: Store) -> None:
     if found is not None and found.ahead:
         newest = max(found.ahead.values())
         typer.echo(
-            f"{_some(sorted(found.ahead))} speak of release {newest}, which this journal does not know. If it was restored "
+            f"{some(sorted(found.ahead))} speak of release {newest}, which this journal does not know. If it was restored "
             f"from a backup, devices refuse what is older: `clipcast release create --version {newest + 1}`",
             err=True,
         )
-
-
-def _show(found: Summary, *, devices: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    release, census = found.entry.rollout.release, found.census
-    reason = f" ({found.entry.rollout.reason})" if found.entry.rollout.reason else ""
-    facts = {
-        "release": f"{found.entry.version}{', back from a later one' if release.rollback else ''}",
-        "state": f"{found.state}{reason}",
-        "ring": _where(found.entry),
-        "devices": ", ".join(f"{count} {phase}" for phase, count in found.phases.items()) or "none yet",
-        "waiting for": _some(census.waiting),
-        "silent": _some(census.silent),
-        "excused": _some(census.excused),
-        "made": f"{_ago(found.entry.made)}",
-        "note": release.note,
-    }
-    for what, value in facts.items():
-        if value:
-            typer.echo(f"{what}: {value}")
-    lines = found.devices if devices else [line for line in found.devices if line.part in ("failed", "excused")]
-    if not lines:
-        return
-    table = Table("device", "phase", "running", "profile", "why", "last heard", title_justify="left")
-    for line in lines:
-        report = line.report
-        said = (line.device, _phase(line), str(report.running), report.profile or "-", _why(line), _ago(line.heard))
-        table.add_row(*(part.replace("[", r"\[") for part in said))
-    Console().print(table)
-
-
-def _phase(line: DeviceLine) -> str:
-    """Say where a device stands; in brackets what the phase does not say."""
-    also = {"silent", "excused", "later"} & {line.part}
-    return "not for it" if line.part == "none" else f"{line.phase} ({also.pop()})" if also else line.phase
-
-
-def _why(line: DeviceLine) -> str:
-    """Return the reason of what a device says of this release."""
-    if line.part not in ("failed", "excused"):
-        return ""
-    return ": ".join(part for part in (line.report.reason, line.report.detail) if part)
-
-
-def _ago(moment: int) -> str:
-    seconds = max(0, int(time.time()) - moment)
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size} {unit} ago"
-    return f"{seconds} s ago"
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _as_json(found: Summary) -> dict[str, object]:
-    rollout = found.entry.rollout
-    return {
-        "version": found.entry.version,
-        "state": found.state,
-        "reason": rollout.reason,
-        "rollback": rollout.release.rollback,
-        "ring": rollout.ring,
-        "rings": [str(ring) for ring in rollout.rings],
-        "percent": rollout.release.percent,
-        "named": list(rollout.release.devices),
-        "phases": found.phases,
-        **{part: list(names) for part, names in asdict(found.census).items() if part != "newcomers"},
-        "ahead": dict(found.ahead),
-        "devices": [
-            {"device": line.device, "part": line.part, "phase": line.phase, "heard": line.heard, **line.report.model_dump()}
-            | {"phase": line.phase}
-            for line in found.devices
-        ],
-        "artefact": rollout.release.artefact.sha256,
-        "made": found.entry.made,
-        "note": rollout.release.note,
-    }

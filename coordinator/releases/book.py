@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -105,11 +105,12 @@ class Book:
             )
         return entry
 
-    def change(self, entry: Entry, rollout: Rollout) -> Entry | None:
-        """Note what became of a release; return it, None if it was changed by another since it was read."""
+    def change(self, entry: Entry, rollout: Rollout, age: float | None = None) -> Entry | None:
+        """Note what became of a release, at the age `age`; return it, None if another changed it since it was read."""
         with self._journal.writing() as connection:
-            done = _change(connection, entry, rollout)
-        return Entry(entry.number, entry.revision + 1, entry.age, entry.made, rollout) if done else None
+            done = _change(connection, entry, rollout, age)
+        changed = replace(entry, revision=entry.revision + 1, age=entry.age if age is None else age, rollout=rollout)
+        return changed if done else None
 
     def reports(self) -> dict[str, Heard]:
         """Return what each device said last, by name."""
@@ -152,9 +153,9 @@ class Book:
             ) from error
 
 
-def _change(connection: Connection, entry: Entry, rollout: Rollout) -> bool:
+def _change(connection: Connection, entry: Entry, rollout: Rollout, age: float | None = None) -> bool:
     mine = RELEASES.c.number == entry.number, RELEASES.c.revision == entry.revision
-    values = {"revision": entry.revision + 1, "about": _json(rollout)}
+    values = {"revision": entry.revision + 1, "about": _json(rollout), **({} if age is None else {"age": age})}
     return connection.execute(update(RELEASES).where(*mine).values(**values)).rowcount == 1
 
 

@@ -125,7 +125,7 @@ class Desk:
         decided = decide(entry.rollout, self._fleet(), self._age)
         if decided == entry.rollout:
             return entry
-        changed = self._book.change(entry, decided)
+        changed = self._book.change(entry, decided, self._age)
         if changed is None:  # the operator was faster: look again
             return entry
         _tell(entry.rollout, decided)

@@ -222,8 +222,9 @@ def resumed(rollout: Rollout, reports: Mapping[str, Report]) -> Rollout:
 
 def _next_ring(rollout: Rollout, now: float) -> Rollout:
     ring, release = rollout.ring + 1, rollout.release
-    if ring < len(rollout.rings):
-        release = release.model_copy(update={"percent": max(release.percent, rollout.rings[ring].percent)})
+    if ring == len(rollout.rings):
+        return rollout.model_copy(update={"ring": ring})
+    release = release.model_copy(update={"percent": max(release.percent, rollout.rings[ring].percent)})
     named = len(release.devices)
     return rollout.model_copy(update={"ring": ring, "release": release, "since": now, "named_before": named})
 

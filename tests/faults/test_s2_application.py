@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from protocol.link import Link
 from protocol.messages import (
     ClassBankManifest,
     ClientAdapter,
+    LargeBlobRef,
     Manifest,
     Need,
     Notice,
@@ -38,7 +40,10 @@ from protocol.messages import (
     TextBank,
 )
 from protocol.mqtt import MqttBus
+from protocol.release.desk_end import DeskEnd
+from protocol.release.manifests import Release, Report, Smoke, Want
 from protocol.settings import BrokerSettings
+from protocol.storage.at_rest import KeptBlob
 from protocol.topics import Topics, parse
 from protocol.transfer.parcel import Parcel
 from protocol.trust.gate import FirstUse
@@ -50,8 +55,12 @@ from tests.network import addressee
 VICTIM, OTHER = DEVICES
 BANK = TextBank(1, ("x", "y"), ("a {}",), np.eye(2, 8, dtype=np.float32), 100.0, "clip", "digest")
 ADAPTER = {"x.lora_A": np.ones((4, 50), np.float32)}
+RELEASE = Release(
+    version=1, artefact=LargeBlobRef(sha256=SHA, size=5), smoke=Smoke(picture="AAAA", label="x", embedding="AAAA")
+)
+DESK = "desk"
 UPDATE = b"an update that nobody has asked for"
-KINDS_OF_TOPICS = ("offer", "need", "status", "receipt", "adapter", "notice", "check")
+KINDS_OF_TOPICS = ("offer", "need", "status", "receipt", "adapter", "notice", "check", "want", "report")
 TOPICS = [
     *(LAB.broadcast(kind) for kind in ("classes", "round", "release", "key")),
     *(LAB.to(client, kind) for client in (VICTIM, COORDINATOR) for kind in KINDS_OF_TOPICS),
@@ -90,6 +99,9 @@ def manifests(upload: str, attacker: str) -> dict[str, Manifest]:
         "notice": Notice(reason="quarantined", detail="leave"),
         "status": Status(state="online", phase="failed", round=1),
         "key": Successor(next=attacker),
+        "release": RELEASE.model_copy(update={"version": 9, "state": "aborted"}),
+        "want": Want(sha256=SHA, missing="80"),
+        "report": Report(running=9, release=1, phase="committed"),
     }
     assert made.keys() == KINDS.keys()
     return made
@@ -126,18 +138,19 @@ class Recorded:
 
 
 class Federation:
-    """A coordinator and a client that are in the middle of a round, on a broker without rules; and whoever else is there."""
+    """A coordinator and a client in the middle of a round, and a desk with a release, on a broker without rules."""
 
     def __init__(self, url: str) -> None:
         self._settings = BrokerSettings(url=url)
         self.coordinator = CoordinatorEnd("lab", random.Random(0), trust=FirstUse())
         self.client = ClientEnd("lab", VICTIM, random.Random(1))
         self.other = ClientEnd("lab", OTHER, random.Random(2))
+        self.desk = DeskEnd("lab", random.Random(3), trust=FirstUse({VICTIM: self.client._signer.public}))
         self.tap = self.open("tap")
         self.tap.do(Subscribe("#"))
         self.recorded: list[Delivery] = []
-        self.buses = {name: Recorded(self.open(name)) for name in (COORDINATOR, VICTIM, OTHER)}
-        ends = {COORDINATOR: self.coordinator, VICTIM: self.client, OTHER: self.other}
+        self.buses = {name: Recorded(self.open(name)) for name in (COORDINATOR, VICTIM, OTHER, DESK)}
+        ends = {COORDINATOR: self.coordinator, VICTIM: self.client, OTHER: self.other, DESK: self.desk}
         self.links = {name: Link(bus, ends[name]) for name, bus in self.buses.items()}
         self.events: dict[str, list[object]] = {name: [] for name in self.links}
 
@@ -165,6 +178,7 @@ class Federation:
         for name, end in ((VICTIM, self.client), (OTHER, self.other)):
             self.until(lambda name=name: any(isinstance(e, LinkChanged) for e in self.events[name]), "a link")
             self.links[name].do(end.announce(Status(state="online")))
+        self.links[DESK].do(self.desk.announce(RELEASE, {SHA: KeptBlob(Path("none"), 5)}))
         ref, actions = self.coordinator.publish_bank(BANK)
         plan = a_plan(1).model_copy(update={"adapter": self.coordinator.serve_adapter(ADAPTER), "classes": ref.sha256})
         self.say([*actions, *self.coordinator.publish_plan(plan)])
@@ -263,6 +277,7 @@ def test_s2_without_access_rules_nothing_has_an_effect(
     assert federation.client._plan.round == 3
     turned_away = sum(federation.coordinator.gate.counts.values()) + sum(federation.client.gate.counts.values())
     assert turned_away > cells / 4  # the others are on topics that neither listens to
+    assert sum(federation.desk.gate.counts.values()) > cells / 20
     who = "a stranger" if attacker == "stranger" else "another device"
     score("S2", f"effects of what {who} says, without access rules", len(effects), f"of {cells}", "0", passed=not effects)
     assert not answers, answers[:3]
@@ -293,4 +308,6 @@ def _said_anyway(name: str, topic: str) -> bool:
     address = parse(topic)
     if name == COORDINATOR:
         return address.kind in ("round", "classes", "notice")
+    if name == DESK:
+        return address.kind == "release"
     return address.client == name and address.kind in ("status", "offer", "need")
