@@ -1,7 +1,7 @@
 """R11: kill -9 of a device's service at random moments of releases: it answers with the old or the new model, never neither.
 
 A real Mosquitto, the coordinator's desk, and the real `clipcast serve --releases`, asked over HTTP. Releases come one after
-the other, each another adapter or another whole artefact: a kill may hit fetching, staging, smoke test, switch, trial, commit.
+the other, each another adapter or another whole artefact: a kill may hit fetching, staging, smoke test, switch or trial.
 """
 
 from __future__ import annotations
