@@ -33,6 +33,7 @@ from protocol.release.rings import Rollout, Standing, decide
 from protocol.storage.at_rest import KeptBlob
 from protocol.storage.blobs import BlobError
 from protocol.storage.files import lock_folder
+from protocol.trust.signing import public_key_of
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Desk:
         """Write down what is new: of what devices say at once, of the time that has passed now and then."""
         now = self._clock()
         all_due, age_due = last or now - self._kept >= KEEP_S, last or now - self._aged >= AGE_S
-        if not (self._unkept or all_due or age_due):
+        if not self._unkept and not (self._heard and all_due) and not (self._entry and age_due):
             return
         with self._trouble("reports", NotKeptError):
             names = self._heard.keys() if all_due else self._unkept
@@ -227,7 +228,11 @@ def work(config: CoordinatorConfig, stop: threading.Event) -> None:
 
 @contextlib.contextmanager
 def desk(config: CoordinatorConfig) -> Iterator[None]:
-    """Be the desk meanwhile, in a thread, whenever no other one is at work; nothing that befalls it ends the caller."""
+    """Be the desk meanwhile, in a thread, whenever no other one is at work; nothing that befalls it ends the caller.
+
+    Raises KeyFileError.
+    """
+    public_key_of(config.state)  # before the thread: who comes first makes it, and there has to be one
     stop = threading.Event()
     thread = threading.Thread(target=_stand_by, args=(config, stop), name="releases", daemon=True)
     thread.start()

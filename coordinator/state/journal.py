@@ -8,6 +8,8 @@ after them.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +30,13 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    func,
     inspect,
     select,
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from coordinator.errors import FederationError, NotKeptError
 from coordinator.state.sole import Sole
@@ -46,6 +50,9 @@ SILENCE_S = 30  # a database that answers nothing for so long is taken for away
 PASSING = ("08", "25", "53", "55", "57", "58")
 EXAMPLE = "write e.g. postgresql+pg8000://user@host/name, or leave it out for a file in the state folder"
 
+MAKING_KEY = 0x6D616B65  # "make": held in PostgreSQL while the tables are made
+
+_making = threading.Lock()
 _tables = MetaData()
 
 RUN = Table(
@@ -225,11 +232,17 @@ class Journal:
                 self._folder.chmod(0o700)  # who reads a claim's proof can use the claim
         except OSError as error:
             raise not_written(self._folder, error) from error
-        with self._told(), self._connect() as connection, connection.begin():
+        with _making, self._told(), self._connect() as connection, connection.begin():
             self._is_ours(connection)
             if connection.dialect.name == "sqlite":
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
-            _tables.create_all(connection)
+                _write_ahead(connection)
+            else:
+                connection.execute(select(func.pg_advisory_xact_lock(MAKING_KEY)))
+            # Two that begin at the same moment, as a coordinator and its desk, may both find a table missing.
+            for table in _tables.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+                for index in table.indexes:
+                    connection.execute(CreateIndex(index, if_not_exists=True))
 
     def _is_ours(self, connection: Connection) -> bool:
         """Whether there are tables; raises FederationError if they are of another version."""
@@ -329,6 +342,20 @@ def _parse(url: str) -> URL:
     if parsed.get_backend_name() != "postgresql":
         raise FederationError(f"`journal` names a {parsed.get_backend_name()} database, PostgreSQL is supported: {EXAMPLE}")
     return parsed
+
+
+def _write_ahead(connection: Connection) -> None:
+    """Let SQLite write ahead from now on, which stays with the file. For this it does not wait until others are done."""
+    until = time.monotonic() + SILENCE_S
+    while True:
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or time.monotonic() >= until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _make_durable(connection: Any, _record: Any) -> None:

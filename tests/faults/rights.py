@@ -9,7 +9,7 @@ DEVICES = ("jetson-1", "jetson-2")
 ENROL, NONCE = "enrol", "0f" * 16
 ROLES = ("coordinator", *DEVICES, ENROL)
 BROADCASTS = ("classes", "round", "release", "key")
-FROM_KINDS, TO_KINDS = ("offer", "need", "status", "receipt"), ("need", "receipt", "adapter", "status")
+FROM_KINDS, TO_KINDS = ("offer", "need", "status", "receipt", "want", "report"), ("need", "receipt", "adapter", "status")
 TOPICS = [
     *(topics.broadcast(kind) for topics in (LAB, OTHER) for kind in BROADCASTS),
     *(topics.blob(SHA, 0) for topics in (LAB, OTHER)),
@@ -40,6 +40,7 @@ WILDCARDS = [
     "clipcast/1/lab/to/+/+",
     "clipcast/1/lab/from/#",
     "clipcast/1/lab/from/+/+",
+    "clipcast/1/lab/from/+/want",
     "clipcast/1/lab/from/jetson-1/#",
     "clipcast/1/lab/enrol/#",
     "clipcast/1/lab/enrol/+/answer",

@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import multiprocessing
 import os
+import queue
 import sqlite3
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from coordinator.errors import FederationError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson, stored
 from coordinator.personal import Attention
 from coordinator.records import AttentionRecord, Identity, Refusal, RoundRecord, TextRecord
+from coordinator.state.journal import Journal
 from coordinator.state.store import FIRST_BANK, Progress, Store
 from coordinator.text_samples import TextLoss
 from protocol.codec import decode_update, encode_adapter, encode_bank, encode_update, sha256
@@ -669,3 +673,29 @@ def test_whichever_write_finds_no_room_nothing_false_is_kept_and_the_next_try_su
         store.close()
     store.close()
     assert at > 4
+
+
+def begin_at_once(folder, journal, barrier, problems):
+    for turn in range(8 if journal is None else 1):
+        barrier.wait(60)
+        made = Journal(folder / str(turn), journal)
+        try:
+            made.make_tables()
+        except FederationError as error:
+            problems.put(str(error))
+        made.close()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("where", ["sqlite", "postgresql"])
+def test_tables_are_made_once_by_many_that_begin_at_the_same_moment(where, processes, tmp_path, request):
+    url = request.getfixturevalue("postgres")() if where == "postgresql" else None
+    context = multiprocessing.get_context("spawn")
+    barrier, problems = (context.Barrier(6), context.Queue()) if processes else (threading.Barrier(6), queue.Queue())
+    make = context.Process if processes else threading.Thread
+    workers = [make(target=begin_at_once, args=(tmp_path, url, barrier, problems)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert problems.empty(), problems.get()
