@@ -113,8 +113,10 @@ def _build(flavour: Flavour, tower: nn.Module, source: Source, preprocessing: Pr
     after = classifier_graph(source.bank.embeddings, source.bank.logit_scale, encoder.ir_version)
     model = join(before, encoder, after)
     inscribe(model, _facts(source, flavour, []))
-    onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString(deterministic=True))
+    blob = bytes(model.SerializeToString(deterministic=True))
+    del model, encoder  # of a large tower each copy counts, and the checker makes some
+    onnx.checker.check_model(blob, full_check=True)
+    return blob
 
 
 def _encoder(

@@ -6,6 +6,7 @@ device needs onnxruntime and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from protocol.messages import FloatArray
 OPSET = 18
 IMAGES, PIXELS, EMBEDS, PROBABILITIES = "images", "pixel_values", "image_embeds", "probabilities"
 CLASS_EMBEDDINGS = "class_embeddings"
+PREPROCESSING = "pre/"
 
 
 def preprocessing_graph(preprocessing: Preprocessing, ir_version: int) -> onnx.ModelProto:
@@ -130,11 +132,30 @@ def classifier_graph(embeddings: FloatArray, logit_scale: float, ir_version: int
 
 
 def join(preprocessing: onnx.ModelProto, encoder: onnx.ModelProto, classifier: onnx.ModelProto) -> onnx.ModelProto:
-    """Chain the three graphs into one."""
-    embeds = encoder.graph.output[0].name
-    prefixed = onnx.compose.add_prefix(preprocessing, "pre/", rename_inputs=False, rename_outputs=False)
-    model = onnx.compose.merge_models(prefixed, encoder, io_map=[(PIXELS, encoder.graph.input[0].name)])
-    return onnx.compose.merge_models(model, classifier, io_map=[(embeds, "embeds_in")])
+    """Chain the three graphs into one: the encoder, which becomes it. onnx.compose would copy its weights, several times."""
+    graph, embeds, inside = encoder.graph, encoder.graph.output[0].name, f"{PREPROCESSING}{PIXELS}"
+    _rename(preprocessing.graph, lambda name: name if name in ("", IMAGES) else f"{PREPROCESSING}{name}")
+    _rename(graph, lambda name: inside if name == PIXELS else name)
+    _rename(classifier.graph, lambda name: embeds if name == "embeds_in" else name)
+    kept = [value for value in (*graph.input, *classifier.graph.input) if value.name not in (PIXELS, "embeds_in")]
+    nodes = [*preprocessing.graph.node, *graph.node, *classifier.graph.node]
+    inputs = [*preprocessing.graph.input, *kept]
+    for old, new in ((graph.node, nodes), (graph.input, inputs), (graph.output, list(classifier.graph.output))):
+        copies = [type(item).FromString(item.SerializeToString()) for item in new]
+        del old[:]
+        old.extend(copies)
+    graph.initializer.extend([*preprocessing.graph.initializer, *classifier.graph.initializer])
+    return encoder
+
+
+def _rename(graph: onnx.GraphProto, name_of: Callable[[str], str]) -> None:
+    """Give values of a graph other names, but for its inputs' and outputs' declarations."""
+    for node in graph.node:
+        node.input[:] = [name_of(name) for name in node.input]
+        node.output[:] = [name_of(name) for name in node.output]
+    for value in graph.initializer:
+        if value.name != name_of(value.name):
+            value.name = name_of(value.name)
 
 
 def _model(graph: onnx.GraphProto, ir_version: int) -> onnx.ModelProto:

@@ -110,9 +110,9 @@ def clipcast_artefact(flavour: str) -> Callable[[Path, int], Answers]:
 
     def make(folder: Path, threads: int) -> Answers:
         from edge_client.inference.model import Model
-        from edge_client.inference.providers import cpu
+        from edge_client.inference.providers import Runtime
 
-        model = Model.open(folder / f"{flavour}.onnx", cpu(threads))
+        model = Model.open(folder / f"{flavour}.onnx", Runtime(threads=threads))
 
         def answer(pictures: Pictures) -> list[int]:
             return list(model.run(np.stack(pictures)).probabilities.argmax(axis=1).tolist())

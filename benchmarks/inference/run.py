@@ -1,8 +1,9 @@
 """From decoded picture to label, ViT-B/32 on this machine's CPU: clipcast against others, side by side.
 
-    python -m benchmarks.inference.run [--rounds 30] [--threads 2] [--out benchmarks/inference/results.json]
+    python -m benchmarks.inference.run [--rounds 30] [--threads 2] [--open-clip oc/bin/python]
 
-open_clip takes part if it is installed (`pip install open_clip_torch`); README's figures have it. Each contender lives in a
+open_clip takes part with an environment of its own, as torchvision, which it wants, is not wanted beside transformers:
+`python -m venv oc && oc/bin/pip install torch==2.13.0 open_clip_torch`; README's figures have it. Each contender lives in a
 process of its own; in every round each answers once, one after the other, so that what disturbs the machine disturbs all.
 Weights are random, of the real shape. The pictures are scikit-learn's two photographs at 640 x 427.
 """
@@ -10,7 +11,6 @@ Weights are random, of the real shape. The pictures are scikit-learn's two photo
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -26,15 +26,15 @@ from typing import Any
 
 BATCHES = (1, 16)
 WARM_UP = 3
-NAMES = ("transformers", "open_clip", "plain-onnx", "ready-pixels", "clipcast-fp32", "clipcast-int8")
+NAMES = ("transformers", "plain-onnx", "ready-pixels", "clipcast-fp32", "clipcast-int8")
 RESULTS = Path(__file__).with_name("results.json")
 
 
 class Contender:
     """One contender's process: `ask(batch)` makes it answer once and returns the seconds."""
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.inference.worker", name, str(folder), str(threads)]
+    def __init__(self, name: str, folder: Path, threads: int, python: str) -> None:
+        command = [python, "-m", "benchmarks.inference.worker", name, str(folder), str(threads)]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -52,17 +52,17 @@ class Contender:
 
 
 @contextmanager
-def contenders(names: list[str], folder: Path, threads: int) -> Iterator[dict[str, Contender]]:
+def contenders(names: dict[str, str], folder: Path, threads: int) -> Iterator[dict[str, Contender]]:
     """Start the processes, and end them."""
     with ExitStack() as stack:
         started = {}
-        for name in names:
-            started[name] = Contender(name, folder, threads)
+        for name, python in names.items():
+            started[name] = Contender(name, folder, threads, python)
             stack.callback(started[name].close)
         yield started
 
 
-def measure(names: list[str], folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+def measure(names: dict[str, str], folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Return by contender and batch the seconds of each answer, and the peak of memory in MB."""
     seconds: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in names}
     peaks: dict[str, float] = {}
@@ -72,7 +72,7 @@ def measure(names: list[str], folder: Path, threads: int, rounds: int) -> dict[s
                 for one in started.values():
                     one.ask(batch)
             for turn in range(rounds):
-                for name in names if turn % 2 else reversed(names):
+                for name in names if turn % 2 else reversed(list(names)):
                     said = started[name].ask(batch)
                     seconds[name][batch].append(said["seconds"])
                     peaks[name] = said["peak_mb"]
@@ -112,12 +112,13 @@ def summary(measured: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
 def main() -> None:
     """Prepare, measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--open-clip", help="a Python that has open_clip")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, help="keep the models here, and take what is here already")
     given = parser.parse_args()
-    names = [name for name in NAMES if name != "open_clip" or importlib.util.find_spec("open_clip")]
+    names = dict.fromkeys(NAMES, sys.executable) | ({"open_clip": given.open_clip} if given.open_clip else {})
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         subprocess.run([sys.executable, "-m", "benchmarks.inference.prepare", str(folder)], check=True)

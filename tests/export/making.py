@@ -23,6 +23,24 @@ CLASSES = ("zero", "one", "two")
 ODD_SIZES = [(33, 240), (400, 57), (17, 23), (211, 211), (427, 640), (301, 199), (65, 64), (8, 9)]
 
 
+VIT_B_32 = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "patch_size": 32,
+    "image_size": 224,
+}
+VIT_L_14 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "image_size": 224,
+}
+
+
 def trained_adapter(model: str, recipe: Recipe = RECIPE, seed: int = 0, spread: float = 0.02) -> Adapter:
     """An adapter that changes something."""
     rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from edge_client.inference.pictures import Pixels
 
@@ -88,3 +90,12 @@ def encoded(image: Pixels, kind: str = "JPEG") -> bytes:
 
 def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def answer_many(service: Serving) -> None:
+    """Ask fifty times one after the other, then four at a time."""
+    pictures = [encoded(np.tile(image, (2, 2, 1))[:480, :640]) for image in load_sample_images().images]
+    for turn in range(50):
+        assert service.form(pictures[turn % 2])[0] == 200
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda turn: service.form(pictures[turn % 2])[0], range(12))) == {200}

@@ -16,7 +16,7 @@ from edge_client.inference.pictures import Pixels
 from export.flavours import Flavour
 from tests.conftest import wait_until
 from tests.edge_client.inference.conftest import CLASSES
-from tests.edge_client.inference.serving import Serving, encoded, serving, text
+from tests.edge_client.inference.serving import Serving, answer_many, encoded, serving, text
 from tests.edge_client.inference.test_pictures import bomb
 
 Models = dict[Flavour, Path]
@@ -180,3 +180,9 @@ def test_it_finishes_what_is_under_way_before_it_ends(models: Models, photograph
             thread.join()
         assert results == [200] * 4
         assert ending.process.wait(timeout=30) in (0, -signal.SIGTERM)
+
+
+def test_serving_tiny_clip_in_int8_takes_at_most_120_mb(models: Models) -> None:
+    with serving(models["int8"]) as service:
+        answer_many(service)
+        assert service.memory("VmRSS") <= 120
