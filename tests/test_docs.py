@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 VERDICTS_FIRST = ("rejected", "Refused")  # functions whose first argument is a verdict
-UNEXPLAINED = {"--note", "--model", "--adapter", "--classes-from"}  # of `release`: their help says all
+UNEXPLAINED = {"--note", "--adapter", "--classes-from"}  # of `release`: their help says all
 EXAMPLES = re.findall(r"```json\n(.*?)```", WIRE, re.DOTALL)
 
 
