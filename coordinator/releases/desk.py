@@ -115,7 +115,7 @@ class Desk:
         with self._trouble("the journal", NotKeptError):  # it may be back the next time
             entry = self._book.newest()
             if entry is not None and (self._entry is None or entry.number != self._entry.number):
-                self._age = entry.age
+                self._age, self._again = entry.age, 0.0
             self._age += passed
             self._entry = entry if entry is None else self._decided(entry)
         if self._entry is not None:
