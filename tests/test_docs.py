@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import ast
 import re
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from clipcast import exit_codes
+from clipcast.cli import app
 from protocol.envelope import COORDINATOR, KINDS, decode, encode
+from protocol.release.manifests import Phase
 from protocol.topics import Topics, parse
 from protocol.trust.signing import Signer, opened, signer_of
 
@@ -20,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 VERDICTS_FIRST = ("rejected", "Refused")  # functions whose first argument is a verdict
+UNEXPLAINED = {"--note", "--adapter", "--classes-from"}  # of `release`: their help says all
 EXAMPLES = re.findall(r"```json\n(.*?)```", WIRE, re.DOTALL)
 
 
@@ -97,3 +103,25 @@ def test_every_verdict_has_its_cause_and_cure() -> None:
 def test_every_exit_code_has_its_meaning() -> None:
     for code in {*exit_codes.CODES.values(), exit_codes.MISSING, exit_codes.INTERRUPTED, exit_codes.BUG, exit_codes.USAGE}:
         assert f"\n| {code} |" in OPERATIONS, f"docs/operations.md lacks exit code {code}"
+
+
+def options_of(command: Any) -> set[str]:
+    """All options of a command and of those below it."""
+    own = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    return own.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
+def test_the_page_on_releases_names_commands_and_options_that_exist() -> None:
+    page = (ROOT / "docs" / "releases.md").read_text(encoding="utf-8")
+    everything: Any = typer.main.get_command(app)
+    release = everything.commands["release"]
+    cells = re.findall(r"^\| (`[a-z]+[^|]*) \|", page, re.MULTILINE)
+    assert release.commands.keys() <= {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    named = set(re.findall(r"--[a-z][a-z-]+", page))
+    assert named <= options_of(everything)
+    assert options_of(release) - {"--help"} - named == UNEXPLAINED
+
+
+def test_the_page_on_releases_knows_every_phase() -> None:
+    page = (ROOT / "docs" / "releases.md").read_text(encoding="utf-8")
+    assert all(f"`{phase}`" in page for phase in typing.get_args(Phase))

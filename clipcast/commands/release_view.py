@@ -34,7 +34,7 @@ def show(found: Summary, *, devices: bool) -> None:
     facts = {
         "release": f"{found.entry.version}{', back from a later one' if release.rollback else ''}",
         "state": f"{found.state}{reason}",
-        "ring": where(found.entry),
+        "ring": where(found.entry).removeprefix("ring "),
         "devices": ", ".join(f"{count} {phase}" for phase, count in found.phases.items()) or "none yet",
         "waiting for": some(census.waiting),
         "silent": some(census.silent),

@@ -111,13 +111,13 @@ class Desk:
         passed, self._looked = self._clock() - self._looked, self._clock()
         for client in self._devices.refresh():
             self._end.gate.forget(client)
+        self._keep()  # first: who reads the journal finds no decision without its reasons
         with self._trouble("the journal", NotKeptError):  # it may be back the next time
             entry = self._book.newest()
             if entry is not None and (self._entry is None or entry.number != self._entry.number):
-                self._age = entry.age
+                self._age, self._again = entry.age, 0.0
             self._age += passed
             self._entry = entry if entry is None else self._decided(entry)
-        self._keep()
         if self._entry is not None:
             self._announce(self._entry)
 

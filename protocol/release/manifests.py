@@ -45,9 +45,10 @@ class Health(BaseModel):
 class Release(Manifest):
     """A model for devices: an artefact, an adapter on top of it, other classes, or all of them.
 
-    `version` only rises; with `rollback` a device goes back to this earlier one. It is for devices whose profile is one of
-    `profiles` (none: all) and which are named in `devices`, or whose place (`place`) lies below `percent`. Paused: who has
-    not switched yet waits. Aborted: who has not committed yet goes back.
+    `version` only rises; with `rollback` a device goes to this one although it has seen later ones. It is for devices whose
+    profile is one of `profiles` (none: all) and which are named in `devices`, or whose place (rings.place) lies below
+    `percent`; of one version both only grow. Paused: who has not switched yet waits, staged. Aborted: who has not committed
+    yet goes back, who has keeps it, and nobody begins.
     """
 
     kind: ClassVar[str] = "release"

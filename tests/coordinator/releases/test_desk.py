@@ -128,6 +128,7 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"LOOK_S": 0.1, "POLL_S": 0.1, "AGE_S": 0.5, "AGAIN_S": 0.2}.items():
         monkeypatch.setattr(desk_module, name, seconds)
     monkeypatch.setattr(desk_end_module, "GATHER_S", 0.2)
+    monkeypatch.setattr(desk_end_module, "REST_S", 0.5)
 
 
 @pytest.fixture

@@ -227,6 +227,9 @@ def test_a_disk_that_is_full_leaves_no_half_blob(lab: Lab, monkeypatch: pytest.M
     lab.complete()
     monkeypatch.setattr("coordinator.releases.blobs.os.fsync", full)
     with pytest.raises(NotKeptError, match="make room there; the release was not made"):
+        lab.blobs.put(lab.draft("second.onnx").artefact)
+    assert lab.kept() == {first.rollout.release.artefact.sha256}
+    with pytest.raises(NotKeptError, match="make room there; the release was not made"):
         lab.make("second.onnx")
     monkeypatch.undo()
     assert lab.kept() == {first.rollout.release.artefact.sha256}

@@ -275,3 +275,16 @@ def test_what_is_under_way_is_not_given_out_again_until_it_has_landed():
     assert not serve.busy
     serve.need("80", 3.0)
     assert [index for index, _ in serve.take(8, 3.0)] == [0]
+
+
+def test_what_was_given_out_rests_though_it_has_landed():
+    blob = bytes(4 * MIN_CHUNK_SIZE)
+    serve = Serve(blob, reference(blob, MIN_CHUNK_SIZE), rest=4.0)
+    serve.need("c0", 10.0)
+    assert [index for index, _ in serve.take(9, 10.0)] == [0, 1]
+    serve.landed()
+    serve.need("f0", 13.9)  # of one that had asked before they came
+    assert [index for index, _ in serve.take(9, 13.9)] == [2, 3]
+    serve.landed()
+    serve.need("f0", 14.0)  # they were lost
+    assert [index for index, _ in serve.take(9, 14.0)] == [0, 1]
