@@ -17,7 +17,9 @@ from sklearn.datasets import load_sample_images
 from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_sizes
 from coordinator.text_bank import make_bank
-from export.artefact import Source, export_artefact
+from export.artefact import export_artefact
+from export.metadata import Source
+from export.parity import Proof
 from protocol.link import Link
 from protocol.messages import Recipe
 from protocol.mqtt import MqttBus
@@ -36,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(load_sample_images().images[1]).save(folder / "flower.png")
     adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
     source = Source(make_bank("tiny-clip", CLASSES, ("a photo of {}",)), adapter, recipe, "lab", 0)
-    export_artefact(source, [Image.open(folder / "flower.png")], 32, folder / "model.onnx")
+    export_artefact(source, Proof([Image.open(folder / "flower.png")]), 32, folder / "model.onnx")
     return folder
 
 

@@ -11,18 +11,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_sizes
-from clipcast.smoke import CLASS_EMBEDDINGS, METADATA, MOST_PICTURE, answer, small_picture, smoke_of
+from clipcast.smoke import MOST_PICTURE, answer, small_picture, smoke_of
 from coordinator.text_bank import make_bank
 from edge_client.errors import InferenceError
-from export.artefact import Source, export_artefact
+from export.artefact import export_artefact
+from export.metadata import METADATA, Source
+from export.parity import Proof
 from protocol.messages import Recipe, TextBank
 from protocol.release.smoke import unpack_embedding
+from tests.export.making import trained_adapter
 
 CLASSES = ("a flower", "a temple")
 
@@ -47,23 +49,8 @@ def artefact(bank: TextBank, photographs: dict[str, Path], tmp_path_factory: pyt
     recipe = Recipe(rank=1)
     adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
     out = tmp_path_factory.mktemp("artefact") / "model.onnx"
-    export_artefact(Source(bank, adapter, recipe, "lab", 0), [Image.open(photographs["flower"])], 32, out)
+    export_artefact(Source(bank, adapter, recipe, "lab", 0), Proof([Image.open(photographs["flower"])]), 32, out)
     return out
-
-
-@pytest.fixture(scope="session")
-def open_artefact(artefact: Path) -> Path:
-    """The same with classes that can be given at run time, by a bank or by an adapter."""
-    return changed(artefact, "open.onnx", _open)
-
-
-def _open(model: onnx.ModelProto) -> None:
-    (width,) = (i.dims[1] for i in model.graph.initializer if i.name == CLASS_EMBEDDINGS)
-    model.graph.input.append(helper.make_tensor_value_info(CLASS_EMBEDDINGS, onnx.TensorProto.FLOAT, ["classes", width]))
-    for output in model.graph.output:
-        if output.name == "probabilities":
-            output.type.tensor_type.shape.dim[1].dim_param = "classes"
-    del model.graph.value_info[:]
 
 
 def changed(artefact: Path, name: str, change) -> Path:
@@ -114,30 +101,26 @@ def test_without_a_picture_there_is_a_drawing_always_the_same() -> None:
     assert len(text) < MOST_PICTURE
 
 
-def test_other_classes_are_given_by_a_bank(open_artefact: Path, photographs: dict[str, Path]) -> None:
+def test_other_classes_are_given_by_a_bank(artefact: Path, photographs: dict[str, Path]) -> None:
     bank = make_bank("tiny-clip", ("a dog", "a flower", "a car"), ("a photo of {}",))
-    smoke = smoke_of(open_artefact, None, bank, photographs["flower"], CLASSES)
+    smoke = smoke_of(artefact, None, bank, photographs["flower"], CLASSES)
     assert smoke.label == "a flower"
-    said = answer(open_artefact, None, bank, small_picture(photographs["flower"])[1])
+    said = answer(artefact, None, bank, small_picture(photographs["flower"])[1])
     assert said.labels == bank.classes
     assert said.probabilities.sum() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_an_adapter_changes_the_answer(open_artefact: Path, bank: TextBank, photographs, tmp_path: Path) -> None:
-    """One that swaps the classes, as a file of onnxruntime's own format."""
-    swapped = onnxruntime.AdapterFormat()
-    swapped.set_parameters(
-        {CLASS_EMBEDDINGS: onnxruntime.OrtValue.ortvalue_from_numpy(bank.embeddings[::-1].astype(np.float32).copy())}
-    )
-    path = tmp_path / "swapped.onnx_adapter"
-    swapped.export_adapter(str(path))
-    plain = smoke_of(open_artefact, None, None, photographs["flower"], CLASSES)
-    other = smoke_of(open_artefact, path, None, photographs["flower"], CLASSES)
-    assert {plain.label, other.label} == set(CLASSES)
-    assert plain.embedding == other.embedding
+def test_an_adapter_changes_the_answer(bank: TextBank, photographs, tmp_path: Path) -> None:
+    recipe, out = Recipe(rank=1), tmp_path / "model.onnx"
+    adapter = trained_adapter("tiny-clip", recipe, spread=0.2)
+    proof = Proof([Image.open(photographs["flower"])])
+    export_artefact(Source(bank, adapter, recipe, "lab", 0), proof, 32, out, flavour="adapter")
+    pixels = small_picture(photographs["flower"])[1]
+    plain, other = (answer(out, path, None, pixels) for path in (None, out.with_suffix(".onnx_adapter")))
+    assert float(plain.embedding @ other.embedding) < 0.99
 
 
-def test_what_cannot_be_released_is_said(artefact: Path, open_artefact: Path, bank: TextBank, photographs, tmp_path) -> None:
+def test_what_cannot_be_released_is_said(artefact: Path, bank: TextBank, photographs, tmp_path) -> None:
     flower = photographs["flower"]
 
     def refused(
@@ -152,17 +135,16 @@ def test_what_cannot_be_released_is_said(artefact: Path, open_artefact: Path, ba
     refused("cannot be read as a picture", artefact, tmp_path / "text.png")
     refused("onnxruntime cannot load it", tmp_path / "text.png")
     refused("not exported by clipcast", changed(artefact, "bare.onnx", lambda model: model.ClearField("metadata_props")))
-    refused("not exported by clipcast", facts_changed(artefact, "nameless.onnx", labels=[]))
+    refused("names 0 classes and answers with 2", facts_changed(artefact, "nameless.onnx", labels=[]), classes=())
     refused(
         "names 3 classes and answers with 2",
         facts_changed(artefact, "three.onnx", labels=["x", "y", "z"]),
         classes=("x", "y", "z"),
     )
-    refused("takes no other classes", artefact, with_bank=bank)
     foreign = TextBank(**{**vars(bank), "model_digest": "0" * 64})
-    refused("of another base model", open_artefact, with_bank=foreign)
+    refused("their embeddings mean nothing", artefact, with_bank=foreign)
     (tmp_path / "none.onnx_adapter").write_bytes(b"no adapter")
-    refused("cannot be run on a picture", open_artefact, adapter=tmp_path / "none.onnx_adapter")
+    refused("takes no adapter", artefact, adapter=tmp_path / "none.onnx_adapter")
 
 
 def test_an_answer_that_is_not_finite_or_hardly_one_is_refused(artefact: Path, photographs) -> None:
