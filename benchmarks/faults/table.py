@@ -20,6 +20,7 @@ PROOFS = {
     "R8": "everybody uploads at once",
     "R9": "a disk that fails at every write",
     "R10": "clocks that are wrong",
+    "R11": "a device's service killed during releases",
     "SM": "random histories of all that",
     "S1": "TLS and certificates",
     "S2": "who may say and hear what",
