@@ -32,6 +32,7 @@ from protocol.messages import FloatArray
 from protocol.storage.files import write_atomic
 
 ADAPTER_SUFFIX = ".onnx_adapter"
+CALIBRATED: Flavour = "int8-qdq"
 
 
 def export_artefact(
@@ -78,8 +79,11 @@ def export_artefacts(
         tower = load_image_tower(name, 32).eval() if flavour == "adapter" else merged
         blob = _build(flavour, tower, source, preprocessing, proof)
         inputs = factors(source.adapter, scale(source.shape)) if flavour == "adapter" else None
-        answers = onnx_answers(blob, proof.pictures, inputs)
-        parity = compare(proof, reference, trained, bits, source.bank.embeddings, answers)
+        # What a flavour was calibrated with proves nothing about it.
+        part = slice(1, None, 2) if flavour == CALIBRATED and len(proof.pictures) > 1 else slice(None)
+        proven = Proof(proof.pictures[part], proof.labels[part])
+        answers = onnx_answers(blob, proven.pictures, inputs)
+        parity = compare(proven, reference[part], trained[part], bits, source.bank.embeddings, answers)
         drift = parity.drift(GATES[flavour])
         if drift and not accept_drift:
             raise ExportError(
@@ -130,7 +134,7 @@ def _encoder(
         case "int8":
             return int8_dynamic(trace(tower))
         case "int8-qdq":
-            return int8_static(trace(tower), list(pixel_batches(preprocessing, proof.pictures)))
+            return int8_static(trace(tower), list(pixel_batches(preprocessing, proof.pictures[::2])))
         case "int4":
             return int4(trace(tower))
         case "fused":

@@ -37,13 +37,11 @@ def serve(
     if model is None and releases is None:
         raise typer.BadParameter("name a MODEL, or the settings of a client that follows releases: --releases client.toml")
     from clipcast.commands.answers import answering_with
-    from edge_client.allocator import return_freed_memory
     from edge_client.inference.serve.app import Service
     from edge_client.inference.serve.limits import Limits
     from edge_client.inference.serve.server import address, listen
     from edge_client.inference.serve.server import serve as run
 
-    return_freed_memory()
     listening = listen(host, port)
     limits = Limits(body_bytes=max_body_mb * MEGA, pixels=max_megapixels * MEGA)
     with answering_with(model, adapter, releases, provider, profile, threads) as answering:

@@ -43,11 +43,9 @@ def watch(
     Example: `clipcast watch model.onnx /srv/incoming --json`, `clipcast watch model.onnx 0 --every 0.5`
     """
     from clipcast.commands.answers import answering_with
-    from edge_client.allocator import return_freed_memory
 
     if bool(mqtt) != bool(topic):
         raise typer.BadParameter("--mqtt and --topic go together: the broker, and where answers go there")
-    return_freed_memory()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

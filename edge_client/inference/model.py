@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from edge_client.allocator import give_back
 from edge_client.errors import InferenceError
 from edge_client.inference.pictures import Pixels
 from edge_client.inference.providers import Runtime, with_options
+from protocol.findings import first_line
 from protocol.messages import TextBank
+
+log = logging.getLogger(__name__)
 
 METADATA = "clipcast"
 IMAGES, CLASSES, PROBABILITIES, EMBEDS = "images", "class_embeddings", "probabilities", "image_embeds"
@@ -35,6 +39,7 @@ class Facts:
     round: int
     adapter_sha256: str | None
     adapter_base: int | None
+    logit_scale: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,10 @@ class Model:
         self.labels: tuple[str, ...] = facts.labels if classes is None else classes.classes
         self._session = session
         self._adapter = adapter
-        self._classes = {} if classes is None else {CLASSES: np.ascontiguousarray(classes.embeddings, np.float32)}
+        self._classes: dict[str, FloatArray] = {}
+        if classes is not None:  # the scale is a constant of the graph
+            ratio = classes.logit_scale / facts.logit_scale
+            self._classes[CLASSES] = np.ascontiguousarray(ratio * classes.embeddings, np.float32)
 
     @classmethod
     def open(
@@ -78,15 +86,7 @@ class Model:
             raise InferenceError(f"{path}: no such file. `clipcast export` makes one") from error
         except OSError as error:
             raise InferenceError(f"{path} cannot be read: {error.strerror}") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = runtime.threads
-        options.log_severity_level = 3  # it warns of inputs with defaults, which are meant
-        options.enable_cpu_mem_arena = False  # it keeps what the largest picture needed; without, answers take as long
-        try:
-            providers = with_options(runtime, hashlib.sha256(data).hexdigest())
-            session = onnxruntime.InferenceSession(data, options, providers=providers)
-        except Exception as error:
-            raise InferenceError(f"{path}: onnxruntime cannot load it: {error}") from error
+        session = _session(data, path, runtime)
         del data
         give_back()
         return cls(session, _facts(session, path)).with_adapter(adapter, classes)
@@ -142,6 +142,24 @@ class Model:
         return _Adapter(adapter, options)
 
 
+def _session(data: bytes, path: Path, runtime: Runtime) -> Any:
+    """Return a session with the first provider that takes the model, and those behind it; raises InferenceError."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = runtime.threads
+    options.log_severity_level = 3  # it warns of inputs with defaults, which are meant
+    options.enable_cpu_mem_arena = False  # it keeps what the largest picture needed
+    chain = with_options(runtime, hashlib.sha256(data).hexdigest())
+    while True:
+        try:
+            # By itself it would fall back without a word in the log, and with one on stdout.
+            return onnxruntime.InferenceSession(data, options, providers=chain, enable_fallback=0)
+        except Exception as error:
+            if len(chain) == 1:
+                raise InferenceError(f"{path}: onnxruntime cannot load it: {error}") from error
+            log.warning("%s does not take %s and is not used: %s", chain[0][0], path, first_line(error))
+            chain = chain[1:]
+
+
 def _facts(session: Any, path: Path) -> Facts:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if text is None:
@@ -160,6 +178,7 @@ def _facts(session: Any, path: Path) -> Facts:
             round=int(said["round"]),
             adapter_sha256=said.get("adapter_sha256"),
             adapter_base=None if lora is None else int(lora["base"]),
+            logit_scale=float(said["logit_scale"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InferenceError(f"{path}: what it says of itself cannot be read ({error}): export it anew") from error

@@ -16,6 +16,7 @@ from edge_client.errors import InferenceError, PictureTooLargeError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
 MAX_PIXELS = 50_000_000
+MOST_RATIO = 100
 Pixels = NDArray[np.uint8]
 
 
@@ -56,6 +57,9 @@ def _check_size(name: str, width: int, height: int, most: int) -> None:
         raise PictureTooLargeError(
             f"{name} has {width} x {height} pixels, at most {most / 1e6:g} million are taken: make it smaller"
         )
+    if max(width, height) > MOST_RATIO * min(width, height):
+        # The short side is enlarged to what the model sees, and the long one with it.
+        raise PictureTooLargeError(f"{name} has {width} x {height} pixels: one side is over {MOST_RATIO} times the other")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ log = logging.getLogger(__name__)
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
 WORKSPACE_BYTES = 512 * 1024 * 1024  # TensorRT's while it builds an engine, on boards that share their memory
-MAX_SIDE, USUAL_SIDE, MAX_BATCH = 4096, 512, 16
 # y = x x for 2 x 2 matrices, opset 13: onnx itself is not installed on devices. A test makes it again.
 GRAPH = bytes.fromhex(
     "08073a400a110a01780a017812017922064d61744d756c1201675a130a0178120e0a0c080112080a0208020a02080262130a"
@@ -89,19 +87,15 @@ def with_options(runtime: Runtime, digest: str) -> list[tuple[str, dict[str, Any
 def _options(name: str, cache: Path | None, digest: str) -> dict[str, Any]:
     if name != TENSORRT:
         return {}
-    # Sides of pictures and their number are free in the graph; TensorRT wants to know their range beforehand.
-    shapes = [f"images:{batch}x{side}x{side}x3" for batch, side in ((1, 1), (1, USUAL_SIDE), (MAX_BATCH, MAX_SIDE))]
+    # No shapes beforehand: they name inputs of the part that TensorRT takes, and which part that is it decides itself.
     options: dict[str, Any] = {
         "trt_fp16_enable": True,
         "trt_layer_norm_fp32_fallback": True,
         "trt_max_workspace_size": WORKSPACE_BYTES,
-        "trt_profile_min_shapes": shapes[0],
-        "trt_profile_opt_shapes": shapes[1],
-        "trt_profile_max_shapes": shapes[2],
     }
     if cache is not None:
         folder = engine_folder(cache, digest)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # machine code that will be run
         options |= {
             "trt_engine_cache_enable": True,
             "trt_engine_cache_path": str(folder),
@@ -130,8 +124,3 @@ def _device(tree: Path = Path("/proc/device-tree/compatible"), nvidia: Path = Pa
     except OSError:
         cards = sorted(nvidia.glob("*/information"))
         return "".join(line for card in cards for line in card.read_text().splitlines() if line.startswith("Model"))
-
-
-def usable(names: Sequence[str]) -> list[str]:
-    """Return those of the names that this onnxruntime was built with."""
-    return [name for name in names if name in onnxruntime.get_available_providers()]

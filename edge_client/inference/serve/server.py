@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable
 
@@ -42,5 +43,7 @@ def serve(app: Starlette, listening: socket.socket, started: Callable[[], None] 
         timeout_graceful_shutdown=GRACE_S,
         limit_concurrency=CONNECTIONS,
     )
+    # uvicorn raises the signal again when all is finished: then what is around this is to end in good order, too.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     started()
     uvicorn.Server(config).run(sockets=[listening])

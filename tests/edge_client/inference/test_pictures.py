@@ -72,6 +72,9 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
         decode_picture(bomb(60000, 60000), "x")
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
+    for narrow in ((1, 60_000), (60_000, 1)):  # 60,000 times the model's side would be gigabytes
+        with pytest.raises(PictureTooLargeError, match="over 100 times the other"):
+            decode_picture(bomb(*narrow))
     with pytest.raises(PictureTooLargeError):
         decode_picture(encoded(Image.fromarray(RAINBOW)), max_pixels=34)
     assert decode_picture(encoded(Image.fromarray(RAINBOW)), max_pixels=35).shape == (5, 7, 3)
