@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-device check bench bench-load bench-method bench-method-quick clean
+.PHONY: demo test test-faults test-device check bench bench-load bench-inference bench-method bench-method-quick clean
 
 demo: $(VENV)/.demo  ## run the whole system on this machine, e.g. make demo ARGS="--clients 2 --rounds 3"
 	$(BIN)/clipcast demo $(ARGS)
@@ -33,6 +33,9 @@ bench: $(VENV)/.dev  ## the figures that README.md quotes
 
 bench-load: $(VENV)/.dev  ## a coordinator with hundreds of clients: overhead of a round, memory; about ten minutes on two cores
 	$(BIN)/python -m benchmarks.load $(ARGS)
+
+bench-inference: $(VENV)/.dev  ## answers of ViT-B/32 beside transformers, open_clip and plain ONNX Runtime; a few minutes, 5 GB of memory
+	$(BIN)/python -m benchmarks.inference.run $(ARGS)
 
 bench-method: $(VENV)/.dev  ## what each part of the method is worth: every table, about an hour on two cores
 	$(BIN)/python benchmarks/method/run.py $(ARGS)

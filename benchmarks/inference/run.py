@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -26,6 +27,7 @@ from typing import Any
 
 BATCHES = (1, 16)
 WARM_UP = 3
+REST_S = 0.2  # threads of the one before spin for a while before they sleep
 NAMES = ("transformers", "plain-onnx", "ready-pixels", "clipcast-fp32", "clipcast-int8")
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -40,6 +42,7 @@ class Contender:
 
     def ask(self, batch: int) -> dict[str, Any]:
         """Return what the process says of one answer: `seconds`, and its `peak_mb` so far."""
+        time.sleep(REST_S)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(batch, file=self._process.stdin, flush=True)
