@@ -23,6 +23,9 @@ from edge_client.trainer import Trainer
 from protocol.codec import encode_adapter, encode_bank, reference
 from protocol.events import PlanReady
 from protocol.messages import Recipe, RoundPlan, TextBank
+from tests.edge_client.inference.exported import models, photograph
+
+__all__ = ["models", "photograph"]  # fixtures of inference/ and releases/
 
 CLASSES = ("zero", "one", "two")
 RECIPE = Recipe(local_steps=3, batch_size=8, features_per_class=2)

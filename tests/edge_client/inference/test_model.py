@@ -22,7 +22,7 @@ from export.graph import preprocessing_graph
 from export.lora import adapter_file
 from hardware_profiles.profile import load as load_profile
 from protocol.messages import TextBank
-from tests.edge_client.inference.conftest import CLASSES
+from tests.edge_client.inference.exported import CLASSES
 from tests.export.making import bank_of, trained_adapter
 
 Models = dict[Flavour, Path]

@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from edge_client.inference.pictures import Pixels
 from export.flavours import Flavour
 from tests.conftest import wait_until
-from tests.edge_client.inference.conftest import CLASSES
+from tests.edge_client.inference.exported import CLASSES
 from tests.edge_client.inference.serving import Serving, encoded, serving, text
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -15,7 +15,7 @@ import pytest
 from edge_client.inference.pictures import Pixels
 from export.flavours import Flavour
 from tests.conftest import wait_until
-from tests.edge_client.inference.conftest import CLASSES
+from tests.edge_client.inference.exported import CLASSES
 from tests.edge_client.inference.serving import Serving, answer_many, encoded, serving, text
 from tests.edge_client.inference.test_pictures import bomb
 

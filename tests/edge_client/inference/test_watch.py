@@ -28,7 +28,7 @@ from protocol.bus import Connected, Delivery, Subscribe
 from protocol.mqtt import MqttBus
 from protocol.settings import BrokerSettings
 from tests.conftest import wait_until
-from tests.edge_client.inference.conftest import CLASSES
+from tests.edge_client.inference.exported import CLASSES
 
 Models = dict[Flavour, Path]
 

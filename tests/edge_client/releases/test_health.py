@@ -21,9 +21,6 @@ from edge_client.releases.smoke import smoke_problem
 from export.flavours import Flavour
 from protocol.release.manifests import Health, Smoke
 from protocol.release.smoke import pack_embedding
-from tests.edge_client.inference.conftest import models, photograph
-
-__all__ = ["models", "photograph"]
 
 HEALTH = Health(window_s=60, min_answers=10, max_error_share=0.1, max_latency_ratio=2.0, min_agreement=0.5)
 WELL = Figures(seconds=61, answers=10, errors=0, latency=0.02, latency_before=0.01, agreement=0.5)

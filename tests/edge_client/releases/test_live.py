@@ -36,10 +36,8 @@ from protocol.topics import Topics
 from protocol.trust.gate import Pinned
 from protocol.trust.signing import Signer
 from tests.conftest import wait_until
-from tests.edge_client.inference.conftest import CLASSES, models, photograph
+from tests.edge_client.inference.exported import CLASSES
 from tests.export.making import bank_of, trained_adapter
-
-__all__ = ["models", "photograph"]
 
 AT_ONCE = Health(window_s=0.01, min_answers=0)
 TOPICS = Topics("lab")
@@ -124,7 +122,9 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, models: dict[Flavour, Path], photograph: Pixels) -> Iterator[Lab]:
+def lab(tmp_path: Path, models: dict[Flavour, Path], photograph: Pixels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    monkeypatch.setattr("protocol.release.desk_end.GATHER_S", 0.05)  # nobody else asks
+    monkeypatch.setattr("protocol.release.desk_end.REST_S", 0.05)
 
     picture = tmp_path / "picture.png"
     Image.fromarray(photograph[::8, ::8]).save(picture)

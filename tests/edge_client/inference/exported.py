@@ -1,4 +1,4 @@
-"""One tiny-clip in the flavours that the tests of this folder answer with, and real pictures."""
+"""One tiny-clip in the flavours that the tests of inference/ and releases/ answer with, and a real picture."""
 
 from __future__ import annotations
 
