@@ -83,7 +83,7 @@ def test_the_answer_is_what_the_artefact_says_to_the_picture_that_travels(artefa
     assert smoke.label == f"a {name}"  # which tiny-clip knows
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3000, 10), (400, 300), (64, 64)])
+@pytest.mark.parametrize("size", [(1, 1), (300, 10), (400, 300), (64, 64)])
 def test_any_picture_becomes_small_enough(tmp_path: Path, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
@@ -92,6 +92,13 @@ def test_any_picture_becomes_small_enough(tmp_path: Path, size: tuple[int, int])
     assert len(text) <= MOST_PICTURE
     with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
         np.testing.assert_array_equal(np.asarray(picture), pixels)
+
+
+def test_a_picture_that_devices_would_refuse_is_refused_here(tmp_path: Path) -> None:
+    """Made smaller it would have two rows of 224 pixels."""
+    Image.new("RGB", (900, 9)).save(tmp_path / "narrow.png")
+    with pytest.raises(InferenceError, match="one side is over 100 times the other"):
+        small_picture(tmp_path / "narrow.png")
 
 
 def test_without_a_picture_there_is_a_drawing_always_the_same() -> None:
