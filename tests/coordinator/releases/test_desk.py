@@ -202,8 +202,10 @@ def test_paused_resumed_and_aborted(new_fleet) -> None:
     fleet.start()
     fleet.join(*NAMES[:4])
     fleet.known(4)
+    fleet.stop()  # a desk that looks between the two orders would let them all switch
     fleet.lab.make(rings="100%", size=200_000)
     fleet.lab.orders.pause()
+    fleet.start()
     fleet.until(lambda found: len(found.census.waiting) == 4 and found.phases == {"staged": 4}, "all to stage it and wait")
     assert all(follower.report.running == 0 for follower in fleet.followers.values())
     fleet.lab.orders.abort()
