@@ -16,10 +16,10 @@ from PIL import Image
 from clip_lora.preprocess import Pixels, Preprocessing
 from edge_client.config import DIGITS
 from edge_client.errors import DataError
+from edge_client.inference.pictures import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CACHE_BYTES = 512 * 1024 * 1024
 

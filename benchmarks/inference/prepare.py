@@ -32,7 +32,7 @@ def main() -> None:
     if (folder / "pictures.npy").exists():
         return
     if not (folder / "clip").exists():
-        save_random_clip(folder / "clip", VIT_B_32, 512)
+        save_random_clip(folder / "clip", VIT_B_32)
     name, recipe = str(folder / "clip"), Recipe()
     bank = make_bank(name, CLASSES, ("a photo of a {}",))
     adapter = initial_adapter(adapter_shapes(load_sizes(name), "vision", recipe), 0)

@@ -16,6 +16,7 @@ from protocol.messages import BlobRef
 from protocol.storage.at_rest import KeptBlob
 from protocol.storage.blobs import BlobError
 from protocol.storage.files import LOCK, lock_folder, make_folder, sync_folder
+from protocol.storage.large import file_sha256
 
 PIECE = 1 << 20
 
@@ -95,14 +96,11 @@ class ReleaseBlobs:
     def open(self, ref: BlobRef) -> KeptBlob:
         """Return a blob that is whole; raises BlobError if it is missing or damaged. Reads all of it."""
         path = self.path(ref.sha256)
-        hashed = hashlib.sha256()
         try:
-            with path.open("rb") as file:
-                for piece in iter(lambda: file.read(PIECE), b""):
-                    hashed.update(piece)
+            digest = file_sha256(path)
         except OSError as error:
             raise BlobError(f"{path} cannot be read: {error}") from error
-        if hashed.hexdigest() != ref.sha256:
+        if digest != ref.sha256:
             raise BlobError(f"{path} is damaged, its hash is another")
         return KeptBlob(path, ref.size)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -148,7 +147,7 @@ def _session(data: bytes, path: Path, runtime: Runtime) -> Any:
     options.intra_op_num_threads = runtime.threads
     options.log_severity_level = 3  # it warns of inputs with defaults, which are meant
     options.enable_cpu_mem_arena = False  # it keeps what the largest picture needed
-    chain = with_options(runtime, hashlib.sha256(data).hexdigest())
+    chain = with_options(runtime, data)
     while True:
         try:
             # By itself it would fall back without a word in the log, and with one on stdout.

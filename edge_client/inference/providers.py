@@ -79,12 +79,12 @@ def executes(provider: str) -> str:
     return "" if (product == 8.0).all() else "its answer is wrong"
 
 
-def with_options(runtime: Runtime, digest: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the providers with their options; `digest` is the model's SHA-256, by which TensorRT's engines are kept."""
-    return [(name, _options(name, runtime.cache, digest)) for name in runtime.providers]
+def with_options(runtime: Runtime, model: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """Return the providers with their options; TensorRT's engines are kept by the SHA-256 of the `model`."""
+    return [(name, _options(name, runtime.cache, model)) for name in runtime.providers]
 
 
-def _options(name: str, cache: Path | None, digest: str) -> dict[str, Any]:
+def _options(name: str, cache: Path | None, model: bytes) -> dict[str, Any]:
     if name != TENSORRT:
         return {}
     # No shapes beforehand: they name inputs of the part that TensorRT takes, and which part that is it decides itself.
@@ -94,7 +94,7 @@ def _options(name: str, cache: Path | None, digest: str) -> dict[str, Any]:
         "trt_max_workspace_size": WORKSPACE_BYTES,
     }
     if cache is not None:
-        folder = engine_folder(cache, digest)
+        folder = engine_folder(cache, hashlib.sha256(model).hexdigest())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # machine code that will be run
         options |= {
             "trt_engine_cache_enable": True,

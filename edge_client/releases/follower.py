@@ -103,9 +103,9 @@ class Follower:
         if self._is_done(release):
             return []
         if release.version < state.running and not release.rollback:
-            return [*self._drop(), *self._end(release, "refused", "older-version", f"version {state.running} is here")]
+            return self._over(release, "refused", "older-version", f"version {state.running} is here")
         if release.version == state.running:
-            return [*self._drop(), *self._end(release, "committed")]
+            return self._over(release, "committed")
         if release.state == "paused":
             return self._drop()
         self._keep(release=release, stage="fetching", ended=None)
@@ -123,8 +123,7 @@ class Follower:
         if self.state.release is None or self.state.stage == "trying":
             return []
         release = self.state.release
-        self._keep(release=None, stage="idle")
-        return [Stop(), *self._end(release, "refused", reason, detail)]
+        return self._over(release, "refused", reason, detail)
 
     def prepared(self) -> list[Step]:
         """Switch, unless it is paused: the release under way has answered its smoke picture as it should."""
@@ -151,7 +150,8 @@ class Follower:
             return self._back(reason, detail)
         release = state.release
         self._keep(release=None, stage="idle", boots=0)
-        return [*self._end(release, "committed"), *self._next()]
+        self._end(release, "committed")
+        return self._next()
 
     def _back(self, reason: str, detail: str) -> list[Step]:
         state = self.state
@@ -166,8 +166,7 @@ class Follower:
             return []
         if self.state.stage == "trying":
             return self._back("aborted", "the operator ended this release")
-        self._keep(release=None, stage="idle")
-        return [Stop(), *self._end(release, "rolled-back", "aborted", "the operator ended this release")]
+        return self._over(release, "rolled-back", "aborted", "the operator ended this release")
 
     def _updated(self, release: Release) -> list[Step]:
         """Take in the release under way as it is said anew: paused, resumed, in other chunks."""
@@ -190,7 +189,13 @@ class Follower:
         self._keep(release=None, stage="idle")
         return [Stop()]
 
-    def _end(self, release: Release, phase: Final, reason: str | None = None, detail: str = "") -> list[Step]:
+    def _over(self, release: Release, phase: Final, reason: str | None = None, detail: str = "") -> list[Step]:
+        """End a release that has never answered, and let go of what was under way."""
+        steps = self._drop()
+        self._end(release, phase, reason, detail)
+        return steps
+
+    def _end(self, release: Release, phase: Final, reason: str | None = None, detail: str = "") -> None:
         ended = Ended(
             version=release.version,
             rollback=release.rollback,
@@ -199,7 +204,6 @@ class Follower:
             detail=detail[:500],
         )
         self._keep(ended=ended)
-        return []
 
     def _under_way(self, release: Release) -> bool:
         known = self.state.release

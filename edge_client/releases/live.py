@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 POLL_S, JUDGE_S = 0.2, 0.5
 
 
-Loaded = tuple[str, Model]
-"""The hash of an artefact, and a model of it."""
+Loaded = tuple[Slot | None, Model]
+"""A slot and its model, which may lend its session."""
 
 
 class Shelf:
@@ -45,7 +45,7 @@ class Shelf:
         self._base_digest = ""
 
     def digest(self, slot: Slot | None) -> str:
-        """Return the hash of a slot's artefact, empty if there is none."""
+        """Return the hash of a slot's artefact, empty if there is none; of `base` it is made when a release first asks."""
         if slot is not None:
             return slot.artefact
         if self._base is not None and not self._base_digest:
@@ -61,7 +61,7 @@ class Shelf:
             return None if self._base is None else Model.open(self._base, self._runtime, adapter=self._base_adapter)
         adapter = None if slot.adapter is None else self._slots.path(slot.adapter)
         classes = None if slot.classes is None else self._bank(slot.classes)
-        if near is not None and near[0] == slot.artefact:
+        if near is not None and self.digest(near[0]) == slot.artefact:
             return near[1].with_adapter(adapter, classes)
         return Model.open(self._slots.path(slot.artefact), self._runtime, adapter=adapter, classes=classes)
 
@@ -133,8 +133,8 @@ class Live:
                 wanted = self._follower.state.release
                 here = wanted is not None and all(self._slots.has(ref.sha256) for ref in wanted.blobs)
                 return self._follower.fetched() if here else []
-            case Damaged(problem=problem):
-                return self._follower.failed("wrong-hash" if "hash" in problem else "no-space", problem)
+            case Damaged(reason=reason, problem=problem):
+                return self._follower.failed(reason, problem)
             case _:
                 return []
 
@@ -217,7 +217,7 @@ class Live:
             log.error("release %d cannot be loaded: %s", slot.version, error)  # noqa: TRY400 - no bug, no traceback
             return self._follower.unusable(str(error))
         version = 0 if slot is None else slot.version
-        self._current = None if model is None else (self._shelf.digest(slot), model)
+        self._current = None if model is None else (slot, model)
         self._candidate = self._trial = None
         if watch is not None:
             self._watch.begin(version)

@@ -6,7 +6,6 @@ swept after they are named no more.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_client.errors import StateError
 from protocol.messages import Count, Name, Sha256
+from protocol.release.follower_end import BLOBS, PARTIAL
 from protocol.release.manifests import Release, Version
 from protocol.storage.files import write_atomic
-
-log = logging.getLogger(__name__)
 
 Stage = Literal["idle", "fetching", "staged", "trying"]
 Final = Literal["committed", "refused", "rolled-back"]
@@ -92,8 +90,8 @@ class Slots:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "models.json"
-        self._blobs = folder / "blobs"
-        self._partial = folder / "partial"
+        self._blobs = folder / BLOBS
+        self._partial = folder / PARTIAL
 
     def load(self) -> State:
         """Return what is on the disk; raises StateError for what cannot be read."""

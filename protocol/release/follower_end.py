@@ -6,11 +6,11 @@ key, over a connection of its own, on numbers of its own: the process that train
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from protocol.bus import Action, Connected, Delivery, Disconnected, Event, Publish, Subscribe, Unsubscribe
 from protocol.envelope import expect
@@ -20,14 +20,14 @@ from protocol.messages import BlobRef, Successor
 from protocol.release.manifests import Release, Report, Want
 from protocol.storage.large import LargePartial
 from protocol.topics import Address, Topics, parse
-from protocol.transfer.exchange import LASTING_CAP_S, NEED_S, PRESENCE_S, Fetch, Repeat
+from protocol.transfer.exchange import CHUNK_EXPIRY_S, LASTING_CAP_S, NEED_S, PRESENCE_S, Fetch, Repeat
 from protocol.trust.gate import Anchor, FirstUse, Gate
 from protocol.trust.signing import FileSequence, Signer, private_key
 
-log = logging.getLogger(__name__)
-
 FOLDER = "answers"
 """In the device's state: what is this process's own."""
+
+BLOBS, PARTIAL = "blobs", "partial"
 
 WINDOW = 64  # chunks that are asked for at a time
 
@@ -51,6 +51,7 @@ class Damaged:
     """A blob arrived whole and its hash is another, or the disk does not take it; it is asked for no more."""
 
     sha256: str
+    reason: Literal["wrong-hash", "no-space"]
     problem: str
 
 
@@ -81,25 +82,25 @@ class FollowerEnd:
         self._trust = trust or FirstUse()
         self.gate = Gate(federation, self._trust, self._folder / "marks.json")
         self._under: dict[str, _Under] = {}
+        self._over: list[str] = []  # blobs whose chunks are still subscribed to
         self._report: Report | None = None
         self._lasting = Repeat(rng, PRESENCE_S, LASTING_CAP_S)
 
     def blob(self, digest: str) -> Path:
         """Return where a blob lies, or will."""
-        return self._folder / "blobs" / digest
+        return self._folder / BLOBS / digest
 
     def fetch(self, refs: Sequence[BlobRef]) -> list[Action]:
         """Fetch these blobs and no others, each from where it was cut off."""
         wanted = {ref.sha256: ref for ref in refs}
-        actions: list[Action] = []
         for digest in [digest for digest in self._under if digest not in wanted]:
-            del self._under[digest]
-            actions.append(Unsubscribe(self.topics.blob_filter(digest)))
+            self._let_go(digest)
+        actions = self._unsubscribed()
         for digest, ref in wanted.items():
             known = self._under.get(digest)
             if known is not None and known.fetch.ref == ref:
                 continue
-            partial = LargePartial(self._folder / "partial" / f"{digest}.part", ref.size)
+            partial = LargePartial(self._folder / PARTIAL / f"{digest}.part", ref.size)
             self._under[digest] = _Under(Fetch(ref, Repeat(self._rng, NEED_S), WINDOW, partial), partial)
             actions.append(Subscribe(self.topics.blob_filter(digest)))
         return actions
@@ -129,13 +130,13 @@ class FollowerEnd:
     def tick(self, now: float, room: int, drained: bool = True) -> list[Action]:
         """Say what is due."""
         del room, drained  # nothing large goes up
-        actions: list[Action] = []
+        actions = self._unsubscribed()
         if self._report is not None and self._lasting.due(now):
             actions.append(self._said(self._report))
         for digest, under in self._under.items():
             if missing := under.fetch.need(now):
                 data = self._signer.seal(self.topics.federation, self._device, Want(sha256=digest, missing=missing))
-                actions.append(Publish(self.topics.from_(self._device, Want.kind), data, expiry_s=60))
+                actions.append(Publish(self.topics.from_(self._device, Want.kind), data, expiry_s=CHUNK_EXPIRY_S))
         return actions
 
     def settle(self) -> list[FollowerEvent]:
@@ -147,19 +148,28 @@ class FollowerEnd:
             try:
                 good = under.partial.finish(digest, self.blob(digest))
             except OSError as error:
-                events.append(Damaged(digest, f"it cannot be kept: {error}"))
-                del self._under[digest]
+                events.append(Damaged(digest, "no-space", f"it cannot be kept: {error}"))
+                self._let_go(digest)
                 continue
             if good:
                 events.append(Arrived(digest))
-                del self._under[digest]
+                self._let_go(digest)
             elif under.wrong:
-                events.append(Damaged(digest, "what the coordinator sends has another hash"))
-                del self._under[digest]
+                events.append(Damaged(digest, "wrong-hash", "what the coordinator sends has another hash"))
+                self._let_go(digest)
             else:  # a bit may have been lost on the way or on the disk: once more
                 under.wrong += 1
                 under.fetch.repeat.again()
         return events
+
+    def _let_go(self, digest: str) -> None:
+        """Fetch a blob no more: its chunks are still said to others, and are not to come here."""
+        del self._under[digest]
+        self._over.append(digest)
+
+    def _unsubscribed(self) -> list[Action]:
+        over, self._over = self._over, []
+        return [Unsubscribe(self.topics.blob_filter(digest)) for digest in over if digest not in self._under]
 
     def _connected(self) -> list[Action]:
         names = (self.topics.broadcast(Successor.kind), self.topics.broadcast(Release.kind))

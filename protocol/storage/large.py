@@ -11,13 +11,12 @@ import hashlib
 import os
 import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from protocol.messages import BlobRef
-from protocol.storage.files import make_folder, sync_folder
+from protocol.storage.files import make_folder, replacing, sync_folder
 from protocol.storage.partial import Ranges, write_at
 
 RECORD = struct.Struct("<QIII")  # offset, length, CRC-32 of the data, CRC-32 of the three
@@ -62,7 +61,7 @@ class LargePartial:
         self._ranges.add(offset, offset + len(data))
 
     def whole(self, size: int) -> bytes | None:
-        """Return the blob, None while any bytes are missing. For tests: `finish` needs no memory."""
+        """Return the blob, None while any bytes are missing; `finish` needs no memory for it."""
         return self._path.read_bytes()[:size] if self._ranges.cover(0, size) else None
 
     def finish(self, digest: str, target: Path) -> bool:
@@ -124,18 +123,8 @@ def file_sha256(path: Path) -> str:
 
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all; raises OSError."""
-    make_folder(target.parent)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
-            shutil.copyfileobj(file, copy, READ_BYTES)
-            copy.flush()
-            os.fsync(copy.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(target.parent)
+    with source.open("rb") as file, replacing(target) as copy:
+        shutil.copyfileobj(file, copy, READ_BYTES)
 
 
 @contextlib.contextmanager

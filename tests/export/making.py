@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +10,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from benchmarks.memory import SHAPES, save_model
 from clip_lora.algebra import Adapter
 from clip_lora.shapes import adapter_shapes, initial_adapter
 from clip_lora.towers import load_sizes, locate
 from coordinator.text_bank import make_bank
+from hardware_profiles.plan import TowerShape
 from protocol.messages import Recipe, TextBank
 
 RECIPE = Recipe(rank=2)
@@ -23,22 +24,7 @@ CLASSES = ("zero", "one", "two")
 ODD_SIZES = [(33, 240), (400, 57), (17, 23), (211, 211), (427, 640), (301, 199), (65, 64), (8, 9)]
 
 
-VIT_B_32 = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "patch_size": 32,
-    "image_size": 224,
-}
-VIT_L_14 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "patch_size": 14,
-    "image_size": 224,
-}
+VIT_B_32, VIT_L_14 = SHAPES["vit-b-32"], SHAPES["vit-l-14"]
 
 
 def trained_adapter(model: str, recipe: Recipe = RECIPE, seed: int = 0, spread: float = 0.02) -> Adapter:
@@ -63,28 +49,9 @@ def photographs() -> tuple[Image.Image, ...]:
     return tuple(parts)
 
 
-def save_random_clip(folder: Path, vision: dict[str, int], projection: int) -> None:
-    """Write a CLIP with random weights, an image tower of real shape, and tiny-clip's tokenizer; in float16 as most are."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    text = {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 8,
-        "vocab_size": 8192,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-        "projection_dim": projection,
-    }
-    seen = {**vision, "projection_dim": projection}
-    CLIPModel(CLIPConfig(vision_config=seen, text_config=text, projection_dim=projection)).half().save_pretrained(folder)
-    tiny = Path(locate("tiny-clip"))
+def save_random_clip(folder: Path, shape: TowerShape) -> None:
+    """Write a CLIP with random weights, an image tower of real shape, and tiny-clip's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, folder)
-    processor = json.loads((tiny / "preprocessor_config.json").read_text())
-    processor |= {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        shutil.copy(Path(locate("tiny-clip")) / name, folder)

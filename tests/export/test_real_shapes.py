@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def exported(folder: Path, *flavours: Flavour) -> dict[str, dict[str, float]]:
 def vit_b_32(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, float]]]]:
     """A folder with fp32.onnx and int8.onnx, half a gigabyte while this module runs, and what was measured."""
     folder = tmp_path_factory.mktemp("vit-b-32")
-    save_random_clip(folder / "clip", VIT_B_32, 512)
+    save_random_clip(folder / "clip", VIT_B_32)
     yield folder, exported(folder, "fp32", "int8")
     for path in folder.glob("*.onnx"):
         path.unlink()
@@ -71,7 +72,7 @@ def test_serving_vit_b_32_in_int8_takes_at_most_400_mb(vit_b_32: tuple[Path, dic
 @pytest.mark.slow
 def test_vit_l_14_in_its_real_width_with_two_blocks(tmp_path: Path) -> None:
     """All 24 blocks take minutes and gigabytes for each flavour, and are alike."""
-    save_random_clip(tmp_path / "clip", {**VIT_L_14, "num_hidden_layers": 2}, 768)
+    save_random_clip(tmp_path / "clip", replace(VIT_L_14, blocks=2))
     model = str(tmp_path / "clip")
     source = Source(bank_of(model), trained_adapter(model), RECIPE, "lab", 1)
     files: dict[Flavour, Path] = {flavour: tmp_path / f"{flavour}.onnx" for flavour in FLAVOURS}

@@ -21,6 +21,7 @@ from export.flavours import Flavour
 from export.graph import preprocessing_graph
 from export.lora import adapter_file
 from hardware_profiles.profile import load as load_profile
+from protocol.codec import sha256
 from protocol.messages import TextBank
 from tests.edge_client.inference.exported import CLASSES
 from tests.export.making import bank_of, trained_adapter
@@ -166,11 +167,11 @@ def test_a_provider_that_is_listed_but_executes_nothing_is_told_and_passed_over(
 def test_engines_are_kept_by_model_and_tensorrt_is_told_the_shapes(tmp_path: Path) -> None:
     assert engine_folder(tmp_path, "a" * 64) != engine_folder(tmp_path, "b" * 64)
     assert engine_folder(tmp_path, "a" * 64) == engine_folder(tmp_path, "a" * 64)
-    (tensorrt, cpu) = with_options(Runtime((TENSORRT, CPU), cache=tmp_path), "a" * 64)
+    (tensorrt, cpu) = with_options(Runtime((TENSORRT, CPU), cache=tmp_path), b"a model")
     assert cpu == (CPU, {})
-    assert tensorrt[1]["trt_engine_cache_path"] == str(engine_folder(tmp_path, "a" * 64))
-    assert engine_folder(tmp_path, "a" * 64).is_dir()
-    assert engine_folder(tmp_path, "a" * 64).stat().st_mode & 0o777 == 0o700
+    assert tensorrt[1]["trt_engine_cache_path"] == str(engine_folder(tmp_path, sha256(b"a model")))
+    assert engine_folder(tmp_path, sha256(b"a model")).is_dir()
+    assert engine_folder(tmp_path, sha256(b"a model")).stat().st_mode & 0o777 == 0o700
 
 
 def test_a_session_uses_as_many_threads_as_it_is_told(models: Models) -> None:
