@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 from clip_lora.shapes import adapter_shapes, initial_adapter
@@ -222,7 +223,7 @@ def closure(extra: str) -> set[str]:
         for line in requires(name) or []:
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": wanted_extra}):
-                key = requirement.name.lower()
+                key = canonicalize_name(requirement.name)  # one name, whether written with _ or with -
                 if key not in wanted:
                     wanted.add(key)
                     todo.append((key, ""))
