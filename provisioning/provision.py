@@ -158,7 +158,7 @@ def steps(found: Found, name: str, package: str, files: Iterable[Wanted]) -> lis
     elif TOKEN in found.files:
         todo.append(Step("clean", "its claim was used and still lies there: remove it"))
     if todo:
-        todo.append(Step("start", "start the client"))
+        todo.append(Step("start", "start its service"))
     return todo
 
 
@@ -187,10 +187,13 @@ fi
 rm -f {TOKEN}
 """
 CLEAN = f"rm -f {TOKEN}"
+# What the package enabled, and the operator left so: the client, or what answers, or both.
 START = """\
-if ! [ -e /etc/systemd/system/multi-user.target.wants/clipcast-client.service ]; then echo "it answers pictures only"
-elif [ -d /run/systemd/system ]; then systemctl restart clipcast-client.service && echo "the client runs"
-else echo "no systemd is running: start the client with \\`clipcast client run /etc/clipcast/client.toml\\`"; fi
+for unit in clipcast-client clipcast-serve; do
+    [ -e /etc/systemd/system/multi-user.target.wants/$unit.service ] || continue
+    if [ -d /run/systemd/system ]; then systemctl restart $unit.service && echo "$unit runs"
+    else echo "no systemd is running: $unit starts at the next boot"; fi
+done
 """
 DOCTOR = f"""\
 cd {STATE}

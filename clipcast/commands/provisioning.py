@@ -122,7 +122,10 @@ class _Lab:
         elif step.kind == "enrol":
             self._enrol(board, found, name)
         else:
-            typer.echo(board.run(START).strip() or "started")
+            typer.echo(
+                board.run(START).strip()
+                or "no service is enabled there: `systemctl enable --now clipcast-serve` on the board"
+            )
 
     def _enrol(self, board: Remote, found: Found, name: str) -> None:
         """Make a claim that holds for an hour, unless the board has one, and answer it here: no coordinator has to run."""

@@ -18,7 +18,7 @@ from provisioning.package.wheels import Wheel, own_wheel, read_wheel, require_pr
 
 FILES = Path(__file__).parent / "files"
 WHEN = 1580601600  # of all files: 2020-02-02, the date that hatchling gives to those in a wheel
-UNITS = ("clipcast-setup.service", "clipcast-enrol.service", "clipcast-client.service")
+UNITS = ("clipcast-setup.service", "clipcast-enrol.service", "clipcast-client.service", "clipcast-serve.service")
 # Where each file goes, and its mode.
 PLACES = {
     "clipcast": ("usr/bin/clipcast", 0o755),
@@ -28,6 +28,8 @@ PLACES = {
     **{unit: (f"lib/systemd/system/{unit}", 0o644) for unit in UNITS},
     **{script: (f"DEBIAN/{script}", 0o755) for script in ("postinst", "prerm", "postrm")},
 }
+# What two units have in common: systemd reads it as a part of each.
+SHARED = {f"lib/systemd/system/{unit}.d/10-device.conf": "device.conf" for unit in UNITS[2:]}
 LIB = "usr/lib/clipcast"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # What is unpacked and downloaded where the package brings no wheels, roughly: torch for CUDA and its libraries, or none.
@@ -95,6 +97,8 @@ def lay_out(contents: Contents, tree: Path) -> None:
     """Write the package's files below `tree`, with their modes, all of one date."""
     for name, (place, mode) in PLACES.items():
         _write(tree / place, (FILES / name).read_bytes(), mode)
+    for place, name in SHARED.items():
+        _write(tree / place, (FILES / name).read_bytes(), 0o644)
     for wheel in (contents.own, *contents.others):
         target = tree / LIB / "wheels" / wheel.path.name
         target.parent.mkdir(parents=True, exist_ok=True)

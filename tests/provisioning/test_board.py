@@ -6,6 +6,7 @@ package, wheels and onnxruntime are real.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,12 +29,17 @@ from export.metadata import Source
 from export.parity import Proof
 from protocol.messages import Recipe
 from protocol.trust.claims import Claim
+from provisioning.provision import AS_CLIPCAST
+from provisioning.site import STATE
+from tests.conftest import a_free_port, wait_until
+from tests.edge_client.inference.serving import Serving
 from tests.faults.lab import Lab, secured_mosquitto
 from tests.provisioning.system import System, mounted, require, sshd, unpack
 
 HOST = "labserver"
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 PICTURE = Image.linear_gradient("L").convert("RGB")
+CLASSES = ("zero", "one", "two")
 Clipcast = Callable[..., str]
 
 
@@ -73,7 +79,7 @@ def lab(home: Path) -> Iterator[Lab]:
     for name in ("coordinator", "enrol"):
         authority.issue(name)
     with secured_mosquitto(home / "broker", home / "ca") as running:
-        clipcast("coordinator", "init", "--classes", "cat,dog", "--broker", running.url)
+        clipcast("coordinator", "init", "--classes", ",".join(CLASSES), "--broker", running.url)
         with Path("coordinator.toml").open("a") as settings:
             settings.write('ca_file = "ca/ca.pem"\ncert_file = "ca/coordinator.pem"\nkey_file = "ca/coordinator.key"\n')
         yield running
@@ -93,7 +99,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-clip with an adapter that changes nothing, as an ONNX file."""
     recipe, out = Recipe(rank=2), tmp_path_factory.mktemp("export") / "model.onnx"
     adapter = initial_adapter(adapter_shapes(load_sizes("tiny-clip"), "vision", recipe), 0)
-    bank = make_bank("tiny-clip", ("zero", "one", "two"), ("a photo of a {}",))
+    bank = make_bank("tiny-clip", CLASSES, ("a photo of a {}",))
     export_artefact(Source(bank, adapter, recipe, "lab", 1), Proof([PICTURE]), 4, out)
     return out
 
@@ -140,6 +146,39 @@ def test_a_bare_board_becomes_a_device_that_answers(system: System, provision: C
     assert found.stdout.strip() == MACHINES[arch]
 
 
+def is_ready(service: Serving) -> bool:
+    with contextlib.suppress(OSError):  # not listening yet, or 503
+        return bool(service.get("/readyz"))
+    return False
+
+
+def test_it_answers_with_what_the_coordinator_releases(system: System, provision: Clipcast, home: Path, model: Path) -> None:
+    """What the package's unit runs, as its user: from no model at all to a release that the board has committed to."""
+    PICTURE.save(home / "smoke.png")
+    health = ("--health-window-s", "1", "--health-min-answers", "1")
+    clipcast("release", "create", "--model", model, "--picture", "smoke.png", *health)
+    port = a_free_port()
+    (line,) = [
+        line.removeprefix("ExecStart=").replace("$OPTIONS", f"--port {port}")
+        for line in (system.root / "lib/systemd/system/clipcast-serve.service").read_text().splitlines()
+        if line.startswith("ExecStart=")
+    ]
+    serve = ["chroot", str(system.root), "/bin/sh", "-c", f"cd {STATE} && exec {AS_CLIPCAST} {line}"]
+    desk = [sys.executable, "-m", "clipcast", "release", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(serve, text=True) as board, subprocess.Popen(desk, env=environment) as running:
+        try:
+            service = Serving(f"http://127.0.0.1:{port}", board)
+            wait_until(lambda: is_ready(service), 300, "a model to be released to the board")
+            code, said = service.form((home / "smoke.png").read_bytes())
+            assert (code, said["answers"][0]["labels"][0]) in [(200, name) for name in CLASSES]
+            wait_until(lambda: "devices: 1 committed" in clipcast("release", "status"), 120, "the board to commit")
+        finally:
+            for process in (board, running):
+                process.terminate()
+        assert (board.wait(60), running.wait(60)) == (0, 0)
+
+
 def test_a_second_run_changes_nothing_and_says_so(system: System, provision: Clipcast) -> None:
     def state() -> dict[str, int]:
         folders = (system.root / "etc/clipcast", system.root / "opt/clipcast", system.root / "usr/lib/clipcast")
@@ -163,7 +202,7 @@ def test_what_was_changed_there_is_put_right_and_nothing_else(system: System, pr
     told = provision()
     assert [line for line in told.splitlines() if line.startswith("to do")] == [
         "to do: /etc/clipcast/client.toml differs: write it",
-        "to do: start the client",
+        "to do: start its service",
     ]
     assert settings.read_text() == wanted
 

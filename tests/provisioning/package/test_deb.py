@@ -17,7 +17,7 @@ from edge_client.config import ClientConfig
 from protocol.settings import parse_settings
 from provisioning.errors import ProvisioningError
 from provisioning.overlay import UNIT as FIRSTBOOT
-from provisioning.package.deb import FILES, UNITS, build_package
+from provisioning.package.deb import FILES, SHARED, UNITS, build_package
 from provisioning.package.wheels import read_wheel
 from tests.provisioning.package.wheels import own_wheel, pip_wheel, wheelhouse, write_wheel
 
@@ -64,6 +64,7 @@ def test_everything_is_in_it_and_belongs_to_root(deb: Path) -> None:
         "./usr/lib/sysusers.d/clipcast.conf": "-rw-r--r--",
         "./etc/clipcast/client.toml": "-rw-r--r--",
         **{f"./lib/systemd/system/{unit}": "-rw-r--r--" for unit in UNITS},
+        **{f"./{place}": "-rw-r--r--" for place in SHARED},
     }
     folders = {path: mode for path, (mode, _) in listed.items() if path.endswith("/")}
     assert "./opt/clipcast/" in folders
@@ -126,7 +127,7 @@ class TestUnits:
             text = "".join((units / unit).read_text() for unit in UNITS)
             assert f"/{program}" in text
         checked = tree.parent / "checked"
-        checked.mkdir()
+        shutil.copytree(units, checked)
         for unit in UNITS:
             text = (units / unit).read_text().replace("/usr/bin/clipcast", "/bin/true")
             (checked / unit).write_text(text.replace("/usr/lib/clipcast/install", "/bin/true"))

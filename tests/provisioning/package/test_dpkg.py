@@ -89,7 +89,8 @@ def test_dpkg_installs_upgrades_and_purges_without_systemd_and_without_a_network
     assert all(f"({name})" in groups for name in ("clipcast", "video", "render"))
     assert "clipcast clipcast 750 /var/lib/clipcast\nroot clipcast 750 /etc/clipcast\n" in said
     enabled = [line for line in said.splitlines() if line in UNITS]
-    assert enabled == ["clipcast-enrol.service", "clipcast-setup.service"]  # it answers only: no client to be started
+    # It answers only: no client to be started.
+    assert enabled == ["clipcast-enrol.service", "clipcast-serve.service", "clipcast-setup.service"]
     assert "verified\n" in said
     lines = said.splitlines()
     assert lines[lines.index("# mine") + 1] == "0"  # what the administrator took away stays away
