@@ -140,7 +140,7 @@ class Planner:
         if not from_own:
             known = replace(known, own={})
         starting = OnDemand(ranks, each(lambda client: known.start_of(client, ranks[client])))
-        with self._store.intact():
+        with self._store.models.intact():
             own = self._end.serve_client_adapters(self.run, number, starting)
         starts = {
             client: Start(own[client].adapter.sha256, shapes[rank], starting[client] if self.training.freeze_a else None)

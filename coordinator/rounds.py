@@ -107,11 +107,11 @@ class Federation:
         if not collection.has_quorum:
             return finish(known, NO_LESSON)
         try:
-            with self._store.intact():
+            with self._store.models.intact():
                 learned = self._planner.phase(collection.plan.round).learn(collection.contributions, known)
             return finish(*learned)  # clients' own adapters are made only now, one after another
         except (ValueError, ModelError) as error:  # WireError and numpy's LinAlgError are ValueErrors
-            with self._store.intact():
+            with self._store.models.intact():
                 problem = f"{error}; the largest update is {largest(collection.contributions)}'s"
             log.exception("round %d comes to nothing: %s", collection.plan.round, problem)
         return finish(known, NO_LESSON, problem)
@@ -241,7 +241,7 @@ class Federation:
         recipe, begun = self._config.recipe, self._clock()
         yardstick = Yardstick.of(recipe) if recipe.defence.over_limit == "reject" else None
         had = (opened.accepted, opened.refused, yardstick, late, came_late)
-        with self._store.intact():
+        with self._store.models.intact():
             collection = Collection(expected, self._config.quorum, begun, *had)
         for client in self._devices.shut_out if self._devices is not None else ():
             collection.give_up(client)  # also if it was shut out while nobody was here to see it

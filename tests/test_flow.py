@@ -242,14 +242,14 @@ def test_two_rounds_in_memory(calm: Outcome) -> None:
         assert record.loss is not None
         assert all(count > 70_000 for count in record.bytes_up.values())
         assert record.bytes_down.keys() == {"one", "two"}
-    first, second = (calm.store.adapter(n) for n in (1, 2))
+    first, second = (calm.store.models.adapter(n) for n in (1, 2))
     assert first.keys() == second.keys()
     assert any(not np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_the_text_side_learns_and_every_client_gets_an_adapter_of_its_own(calm: Outcome) -> None:
     assert [record.bank_version for record in calm.records] == [2, 3]
-    embeddings = [calm.store.bank(version).embeddings for version in (1, 2, 3)]
+    embeddings = [calm.store.models.bank(version).embeddings for version in (1, 2, 3)]
     assert not any(np.array_equal(one, other) for one, other in itertools.combinations(embeddings, 2))
     for number, record in enumerate(calm.records, start=1):
         assert record.text is not None
@@ -258,7 +258,7 @@ def test_the_text_side_learns_and_every_client_gets_an_adapter_of_its_own(calm: 
         assert record.attention is not None
         assert np.sum(record.attention.weights, axis=1) == pytest.approx(1.0)
         assert record.class_accuracy.keys() == set(CLASSES)
-        adapters = [calm.store.adapter(number), *(calm.store.own(number, client) for client in ("one", "two"))]
+        adapters = [calm.store.models.adapter(number), *(calm.store.models.own(number, client) for client in ("one", "two"))]
         assert len({encode_adapter(adapter) for adapter in adapters}) == 3
     assert len(state_of(calm.store)) == 3 + 3 + 2 + 4  # global adapters, banks, text adapters, own adapters
 
@@ -268,17 +268,17 @@ def test_a_round_starts_each_client_from_its_own_adapter_and_the_trained_bank(ca
     results = []
     for name, home in zip(("one", "two"), homes, strict=True):
         trainer, _, _ = new_client(client_config(name, home), PROFILE)
-        own = calm.store.own(1, name)
-        results.append(trainer.run(PlanReady(a_plan(2), calm.store.bank(2), own, "0" * 64), lambda: False))
+        own = calm.store.models.own(1, name)
+        results.append(trainer.run(PlanReady(a_plan(2), calm.store.models.bank(2), own, "0" * 64), lambda: False))
     adapters = [decode_update(encode_update(result.update)).adapter for result in results]
     mean = mean_of_factors(adapters, [result.samples for result in results])
-    assert encode_adapter(mean) == encode_adapter(calm.store.adapter(2))
+    assert encode_adapter(mean) == encode_adapter(calm.store.models.adapter(2))
     assert calm.records[1].loss == sum(r.loss * r.samples for r in results) / 36
 
 
 def test_from_adapter_to_answers(calm: Outcome, homes: list[Path], tmp_path: Path) -> None:
-    bank = calm.store.bank(calm.records[-1].bank_version)
-    adapter = calm.store.adapter(2)
+    bank = calm.store.models.bank(calm.records[-1].bank_version)
+    adapter = calm.store.models.adapter(2)
     files = sorted(homes[0].rglob("*.png"))[:6]
     out = tmp_path / "model.onnx"
     parity = export_artefact(
@@ -425,11 +425,11 @@ def test_the_aligning_and_the_closing_round_follow_the_last(homes: list[Path], t
     store = outcome.store
     for name, home in zip(("one", "two"), homes, strict=True):
         trainer, _, _ = new_client(client_config(name, home), PROFILE)
-        start = store.own(1, name)
+        start = store.models.own(1, name)
         how = RECIPE.training(DEPTH).model_copy(update={"local_steps": 2, "features_per_class": 0})
         plan = a_plan(3).model_copy(update={"recipe": how})
-        update = trainer.run(PlanReady(plan, store.bank(3), start, "0" * 64), lambda: False).update
-        assert encode_adapter(decode_update(encode_update(update)).adapter) == encode_adapter(store.own(3, name))
+        update = trainer.run(PlanReady(plan, store.models.bank(3), start, "0" * 64), lambda: False).update
+        assert encode_adapter(decode_update(encode_update(update)).adapter) == encode_adapter(store.models.own(3, name))
 
 
 def test_devices_of_different_ranks_learn_together_by_the_mean_of_products(homes: list[Path], tmp_path: Path) -> None:
@@ -453,15 +453,15 @@ def test_devices_of_different_ranks_learn_together_by_the_mean_of_products(homes
         ("two", 1, 8),
         ("two", 2, 8),
     ]
-    known = outcome.store.knowledge()
+    known = outcome.store.models.knowledge()
     assert known is not None
     assert rank_of(known.adapter) == 8
     for number in (1, 2):
         for client, rank in (("one", 2), ("two", 8)):
-            assert rank_of(outcome.store.own(number, client)) == rank
+            assert rank_of(outcome.store.models.own(number, client)) == rank
         sent = {client: update.adapter for client, sent_in, update in uploads if sent_in == number}
         mean = mean_of_products([sent["one"], sent["two"]], [24, 12], 8)
-        assert encode_adapter(mean) == encode_adapter(outcome.store.adapter(number))
+        assert encode_adapter(mean) == encode_adapter(outcome.store.models.adapter(number))
 
 
 def test_a_narrow_device_trains_at_the_same_scale(homes: list[Path]) -> None:
@@ -681,7 +681,7 @@ def test_an_update_of_the_last_round_counts_in_the_next_at_a_discount(homes: lis
     assert [(record.accepted, record.late) for record in records] == [(["one"], {}), (["one"], {"two": 1})]
     updates = [kept["one", 2], kept["two", 1]]
     mean = mean_of_factors([update.adapter for _, update in updates], [updates[0][0].samples, 0.25 * updates[1][0].samples])
-    assert encode_adapter(store.adapter(2)) == encode_adapter(mean)
+    assert encode_adapter(store.models.adapter(2)) == encode_adapter(mean)
 
 
 class Idle:

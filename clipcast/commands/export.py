@@ -98,8 +98,8 @@ def source_of(config: CoordinatorConfig, settings: Path, number: int | None, cli
     if not 0 <= number <= records[-1].round:
         raise FederationError(f"round {number} has no adapter in {config.state}: there are rounds 0 to {records[-1].round}")
     versions = {record.round: record.bank_version for record in records}
-    bank = store.bank(versions.get(number, FIRST_BANK))
-    adapter = store.own(number, client) if client else store.adapter(number)
+    bank = store.models.bank(versions.get(number, FIRST_BANK))
+    adapter = store.models.own(number, client) if client else store.models.adapter(number)
     run = store.run()
     if run is None:
         raise FederationError(f"{config.state} does not say what its adapters are: restore its journal")

@@ -244,7 +244,7 @@ def _bank(store: Store, classes_from: str) -> TextBank:
     number = max(versions) if classes_from == "newest" else int(classes_from)
     if number > max(versions):
         raise FederationError(f"round {number} is not finished: there are rounds 0 to {max(versions)}")
-    return store.bank(versions.get(number, FIRST_BANK))
+    return store.models.bank(versions.get(number, FIRST_BANK))
 
 
 def _warn_of_newer(store: Store) -> None:

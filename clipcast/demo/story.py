@@ -65,7 +65,7 @@ def run(settings: DemoSettings, *, as_json: bool = False) -> Report:
         else:
             rounds, evaluator = _federate(settings, layout, store, settings.broker, table)
         table.note("each client alone, the same number of steps")
-        first, start = store.bank(FIRST_BANK), store.adapter(0)
+        first, start = store.models.bank(FIRST_BANK), store.models.adapter(0)
         zero_shot = evaluator.accuracy(start, first)
         alone = all_alone(
             [
@@ -119,10 +119,10 @@ def _federate(
         try:
             table.note("loading models")
             _await_first_state(store, processes, Link(bus, Observer(settings.federation)), table)
-            evaluator = Evaluator.load(store.bank(FIRST_BANK), settings.bits, settings.recipe, layout.held_out)
+            evaluator = Evaluator.load(store.models.bank(FIRST_BANK), settings.bits, settings.recipe, layout.held_out)
             table.note("rounds are running")
             for record in _records(settings.last_round, store, processes, Link(bus, Observer(settings.federation)), table):
-                accuracy = evaluator.accuracy(store.adapter(record.round), store.bank(record.bank_version))
+                accuracy = evaluator.accuracy(store.models.adapter(record.round), store.models.bank(record.bank_version))
                 rounds.append(_row(record, accuracy))
                 table.round(rounds[-1], settings.clients)
         finally:
@@ -137,7 +137,7 @@ def _command() -> str:
 
 def _await_first_state(store: Store, processes: list[Process], link: Link[ClientSeen], table: LiveTable) -> None:
     """Wait until the coordinator has saved its class bank and the initial adapter; its failure ends the wait."""
-    while store.knowledge() is None:
+    while store.models.knowledge() is None:
         _watch(processes, link, table)
 
 
@@ -178,7 +178,7 @@ def _row(record: RoundRecord, accuracy: float) -> Report:
 def _export_and_answer(settings: DemoSettings, layout: Layout, store: Store) -> Report:
     """Export the last global adapter and classify the held-out pictures with onnxruntime."""
     last = store.records()[-1]
-    number, bank, adapter = last.round, store.bank(last.bank_version), store.adapter(last.round)
+    number, bank, adapter = last.round, store.models.bank(last.bank_version), store.models.adapter(last.round)
     files = sorted(file for file in layout.held_out.rglob("*.*") if file.parent.parent == layout.held_out)
     chosen = [_open(file) for file in files[:: max(1, len(files) // PARITY_PICTURES)]]
     path = settings.out / "model.onnx"

@@ -82,7 +82,7 @@ class Bench:
                 for record in self._federate(recipe, seed, names, engine, store):
                     rounds.append(self._judge_round(record, recipe, store))
                     yield text
-                known = store.knowledge()
+                known = store.models.knowledge()
                 assert known is not None
                 # While the folder is there: own adapters are read from it.
                 row = self._row(text, seed, names, shares, rounds, known, recipe.training(self.depth))
@@ -116,7 +116,7 @@ class Bench:
         yield from Federation(config, self.bank, link, end, store).run()
 
     def _judge_round(self, record: RoundRecord, recipe: FederationRecipe, store: Store) -> Row:
-        known = store.knowledge()
+        known = store.models.knowledge()
         assert known is not None
         shares = self.judge.by_class(known, known.adapter, recipe.training(self.depth))
         count = max(len(record.accepted), 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from clip_lora.errors import ModelError
 from clip_lora.shapes import Shapes, check_shapes
@@ -30,18 +30,17 @@ from coordinator.errors import FederationError, NotKeptError
 from coordinator.learning import NO_LESSON, Knowledge, Lesson
 from coordinator.records import Identity, RoundRecord, Run
 from coordinator.releases.book import Book
-from coordinator.state.journal import KEPT, ROUNDS, RUN, UPDATES, VERSION, Journal, not_written
+from coordinator.state.journal import ROUNDS, RUN, UPDATES, VERSION, Journal, not_written
+from coordinator.state.models import ADAPTER, BANK, OWN, TEXT, Models
 from coordinator.state.registry import Registry
-from protocol.codec import decode_adapter, decode_bank, decode_update, encode_adapter, encode_bank, sha256
-from protocol.errors import WireError
-from protocol.messages import Adapter, Offer, RoundPlan, TextBank, Update, Verdict
+from protocol.codec import decode_update, encode_adapter, encode_bank, sha256
+from protocol.messages import Offer, RoundPlan, Update, Verdict
 from protocol.storage.at_rest import StoredAdapter
-from protocol.storage.blobs import BlobError, Blobs
+from protocol.storage.blobs import Blobs
 
 log = logging.getLogger(__name__)
 
 FIRST_BANK = 1
-ADAPTER, BANK, TEXT, OWN = "adapter", "bank", "text", "own"
 KEEP_ROUNDS = 100
 LAST_ROUND = 2**31 - 1
 Model = TypeVar("Model", bound=BaseModel)
@@ -85,6 +84,7 @@ class Store:
         self.folder = folder
         self.blobs = Blobs(folder / "blobs")
         self._journal = Journal(folder, journal)
+        self.models = Models(folder, self._journal, self.blobs)
         self.registry = Registry(self._journal)
         self.releases = Book(self._journal)
         self._keep_rounds = keep_rounds
@@ -147,7 +147,7 @@ class Store:
 
     def resume(self, shapes: Shapes, text_shapes: Shapes | None) -> tuple[int, Knowledge | None]:
         """Return the number of rounds done and what is known (None at the start); raises FederationError."""
-        known = self.knowledge()
+        known = self.models.knowledge()
         if known is None:
             return 0, None
         try:
@@ -155,7 +155,7 @@ class Store:
             if known.text is not None and text_shapes is not None:
                 check_shapes(known.text, text_shapes)
         except ModelError as error:
-            raise self._foreign(error) from error
+            raise self.models.of_another_federation(error) from error
         return self._done(), known
 
     def _done(self) -> int:
@@ -164,88 +164,6 @@ class Store:
             if connection is None:
                 return 0
             return connection.scalar(select(func.max(ROUNDS.c.number)).where(ROUNDS.c.record.is_not(None))) or 0
-
-    def knowledge(self) -> Knowledge | None:
-        """Return what is known after the last finished round, None before the first start; raises FederationError."""
-        newest: dict[tuple[str, str], str] = {}
-        versions: list[int] = []
-        with self._journal.reading() as connection:
-            if connection is None:
-                return None
-            for row in connection.execute(select(KEPT).order_by(KEPT.c.number)):
-                newest[row.kind, row.name] = row.sha256
-                if row.kind == BANK:
-                    versions.append(int(row.name))
-        if not newest:
-            return None
-        version = str(versions[-1])
-        text = newest.get((TEXT, version))
-        return Knowledge(
-            self._bank(newest[BANK, version]),
-            self._adapter(newest[ADAPTER, ""]),
-            self._adapter(text) if text is not None else None,
-            {name: self._stored(digest) for (kind, name), digest in sorted(newest.items()) if kind == OWN},
-        )
-
-    def adapter(self, number: int) -> Adapter:
-        """Return the global adapter after round `number`, 0 for the initial one; raises FederationError."""
-        return self._adapter(self._find(ADAPTER, "", number))
-
-    def own(self, number: int, client: str) -> Adapter:
-        """Return the adapter of its own that round `number` made for a client; raises FederationError."""
-        return self._adapter(self._find(OWN, client, number))
-
-    def bank(self, version: int) -> TextBank:
-        """Return a class bank by its version, which a round's record names; raises FederationError."""
-        return self._bank(self._find(BANK, str(version)))
-
-    def _find(self, kind: str, name: str, number: int | None = None) -> str:
-        query = select(KEPT.c.sha256).where(KEPT.c.kind == kind, KEPT.c.name == name)
-        if number is not None:
-            query = query.where(KEPT.c.number == number)
-        with self._journal.reading() as connection:
-            found = None if connection is None else connection.scalar(query)
-        if found is None:
-            what = " ".join(part for part in (name, kind) if part) + (f" of round {number}" if number is not None else "")
-            raise FederationError(f"{self.folder} holds no {what}: never made, or no longer kept (`keep_rounds`)")
-        return str(found)
-
-    def _adapter(self, digest: str) -> Adapter:
-        return self._decoded(digest)[0]
-
-    def _stored(self, digest: str) -> Adapter:
-        """Return an adapter that stays on the disk, and that was whole a moment ago."""
-        return StoredAdapter(self.blobs.path(digest), self._decoded(digest)[1])
-
-    def _decoded(self, digest: str) -> tuple[Adapter, bytes]:
-        blob = self._blob(digest)
-        try:
-            return decode_adapter(blob), blob
-        except WireError as error:
-            raise self._foreign(error) from error
-
-    def _bank(self, digest: str) -> TextBank:
-        try:
-            return decode_bank(self._blob(digest))
-        except WireError as error:
-            raise self._foreign(error) from error
-
-    def _blob(self, digest: str) -> bytes:
-        with self.intact():
-            return self.blobs.get(digest)
-
-    @contextmanager
-    def intact(self) -> Iterator[None]:
-        """Around whatever reads adapters that stay on the disk: raises FederationError if one was damaged meanwhile."""
-        try:
-            yield
-        except BlobError as error:
-            raise FederationError(
-                f"the journal names a blob that cannot be used ({error}): restore it, or move {self.folder} aside"
-            ) from error
-
-    def _foreign(self, error: Exception) -> FederationError:
-        return FederationError(f"{self.folder} holds the state of another federation ({error}): set `state` to a new folder")
 
     def start(self, known: Knowledge) -> None:
         """Keep what a new federation begins with."""
@@ -290,7 +208,7 @@ class Store:
             if not found.accepted:
                 refused.append(Answer(found.client, offer, Verdict(False, found.reason, found.detail)))
                 continue
-            blob = self._blob(found.blob)
+            blob = self.models.blob(found.blob)
             update = self.at_rest(decode_update(blob), blob)
             if found.number < row.number:
                 came_late.append((found.client, offer, update))
@@ -397,7 +315,7 @@ class Store:
             if known.text is not None:
                 made[TEXT, str(known.bank.version)] = encode_adapter(known.text)
         own = {client: known.own[client] for client in known.own if client not in lesson.renewed}
-        with self._writable(), self.intact():
+        with self._writable(), self.models.intact():
             digests = {key: self.blobs.put(blob) for key, blob in made.items()}
             for client in lesson.renewed:
                 blob = encode_adapter(known.own[client])
@@ -405,12 +323,10 @@ class Store:
                 own[client] = StoredAdapter(self.blobs.path(digests[OWN, client]), blob)
         with self._journal.writing() as connection:
             before = self._named(connection)
-            connection.execute(delete(KEPT).where(KEPT.c.number == number))
-            rows = [{"number": number, "kind": kind, "name": name, "sha256": d} for (kind, name), d in digests.items()]
-            connection.execute(insert(KEPT), rows)
+            self.models.write(connection, number, digests)
             if record is not None:
                 connection.execute(update(ROUNDS).where(ROUNDS.c.number == number).values(record=record.model_dump_json()))
-            self._prune(connection, number)
+            self._prune(connection, number - self._keep_rounds)
             unnamed = before - self._named(connection)
         for digest in unnamed:
             try:
@@ -427,19 +343,10 @@ class Store:
             told = f"{not_written(self.folder, error)}; nothing that was kept is lost, and the same command goes on from it"
             raise NotKeptError(told) from error
 
-    def _prune(self, connection: Connection, number: int) -> None:
-        """Drop what rounds made before the last `keep_rounds`, but for the initial state and what is still the newest."""
-        newer = KEPT.alias()
-        surpassed = select(newer.c.number).where(
-            newer.c.kind == KEPT.c.kind,
-            newer.c.number > KEPT.c.number,
-            or_(KEPT.c.kind != OWN, newer.c.name == KEPT.c.name),
-            # A class bank stays until rounds which are still kept name none but newer ones.
-            or_(KEPT.c.kind.not_in((BANK, TEXT)), newer.c.number <= number - self._keep_rounds),
-        )
-        old = KEPT.c.number.between(1, number - self._keep_rounds)
-        connection.execute(delete(KEPT).where(old, surpassed.exists()))
-        last = ROUNDS.c.number == number - self._keep_rounds
+    def _prune(self, connection: Connection, until: int) -> None:
+        """Drop what is older than is kept: models, and the longest part of a record."""
+        self.models.prune(connection, until)
+        last = ROUNDS.c.number == until
         text = connection.scalar(select(ROUNDS.c.record).where(last))
         if text is not None:  # attention grows with the square of the clients
             shorter = _read(RoundRecord, text, self._journal).model_copy(update={"attention": None})
@@ -449,7 +356,7 @@ class Store:
         """Return the hashes of the blobs that are still wanted: what was made, and the open round's accepted updates."""
         open_rounds = select(ROUNDS.c.number).where(ROUNDS.c.record.is_(None))
         held = select(UPDATES.c.blob).where(UPDATES.c.accepted, UPDATES.c.counts_in.in_(open_rounds))
-        return {*connection.scalars(select(KEPT.c.sha256)), *connection.scalars(held)}
+        return {*self.models.named(connection), *connection.scalars(held)}
 
 
 def _read(schema: type[Model], text: str, journal: Journal) -> Model:

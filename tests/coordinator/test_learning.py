@@ -387,7 +387,7 @@ def store(tmp_path, start):
 @pytest.mark.parametrize("how", RECIPES.values(), ids=RECIPES)
 def test_what_comes_back_from_disk_is_what_was_known(bank, start, store, how):
     known = run_round(store, Learner(bank, how, 0), 1, start, bank)
-    assert bits(Store(store.folder).knowledge()) == bits(known)
+    assert bits(Store(store.folder).models.knowledge()) == bits(known)
 
 
 @pytest.mark.parametrize("how", RECIPES.values(), ids=RECIPES)
@@ -402,7 +402,7 @@ def test_a_restart_between_two_rounds_leaves_no_trace_in_the_bits(bank, start, s
     assert number == 1
     restarted = run_round(reopened, learner, 2, found, bank, ("bob", "cid"))
     assert bits(restarted) == bits(known)
-    assert bits(Store(store.folder).knowledge()) == bits(known)
+    assert bits(Store(store.folder).models.knowledge()) == bits(known)
 
 
 def test_a_new_federation_knows_the_bank_and_the_initial_adapter(start, store):
@@ -414,7 +414,7 @@ def test_a_new_federation_knows_the_bank_and_the_initial_adapter(start, store):
 def test_a_version_of_the_class_bank_stays_readable_after_the_next(bank, start, store):
     first = run_round(store, Learner(bank, recipe(), 0), 1, start, bank)
     run_round(store, Learner(bank, recipe(), 0), 2, first, bank)
-    banks = [encode_bank(store.bank(version)) for version in (1, 2, 3)]
+    banks = [encode_bank(store.models.bank(version)) for version in (1, 2, 3)]
     assert banks[:2] == [encode_bank(start.bank), encode_bank(first.bank)]
     assert len(set(banks)) == 3
 
@@ -426,7 +426,7 @@ def test_a_round_writes_only_what_it_changed(bank, start, store):
     assert set(store.blobs.digests()) - before == {
         sha256(blob) for blob in (encode_bank(known.bank), *(encode_adapter(adapter) for adapter in made))
     }
-    assert store.records()[0].adapter_sha256 == sha256(encode_adapter(store.adapter(1)))
+    assert store.records()[0].adapter_sha256 == sha256(encode_adapter(store.models.adapter(1)))
 
 
 def test_the_state_of_a_federation_with_another_text_rank_is_refused(bank, start, store):

@@ -78,7 +78,7 @@ class Round:
             self.collection.rest(answer, self.store.at_rest(update, blob))
 
     def learn(self) -> None:
-        with self.store.intact():
+        with self.store.models.intact():
             known, lesson = self.learner.learn(self.collection.accepted, self.known)
         made = sha256(encode_adapter(known.adapter))
         record = a_record(1, accepted=self.names, own=list(lesson.renewed), adapter_sha256=made)
@@ -116,7 +116,7 @@ def test_after_a_round_and_after_a_restart_adapters_are_on_the_disk_alone(tmp_pa
     assert all(isinstance(c.update.adapter, StoredAdapter) for c in one.collection.accepted.values())
     assert all(isinstance(c.update.adapter, StoredAdapter) for c in one.store.opened().accepted.values())
     one.learn()
-    again = one.store.knowledge()
+    again = one.store.models.knowledge()
     assert list(one.known.own) == list(again.own) == one.names
     for own in (one.known.own, again.own):
         assert all(isinstance(adapter, StoredAdapter) for adapter in own.values())

@@ -181,7 +181,7 @@ def test_an_update_of_the_largest_numbers_costs_its_round_and_is_named(
         assert not world.ended
         with world.store() as store:
             first, second = store.records()
-            assert first.adapter_sha256 == sha256(encode_adapter(store.adapter(0)))
+            assert first.adapter_sha256 == sha256(encode_adapter(store.models.adapter(0)))
         assert (first.outcome, first.accepted, second.outcome) == ("failed", list(scenario.clients), "aggregated")
         assert "training diverged" in first.problem
         assert first.problem.endswith("the largest update is bob's")
@@ -204,7 +204,7 @@ def test_an_open_round_of_mixed_ranks_begins_anew_when_factors_are_to_be_average
         assert not world.ended
         with world.store() as store:
             (record,) = store.records()
-            assert rank_of(store.adapter(1)) == 4
+            assert rank_of(store.models.adapter(1)) == 4
         assert (record.outcome, record.accepted) == ("aggregated", list(MIXED.clients))
         plans = [plan for plan in world.witness.plans if plan.state == "open"]
         assert (plans[0].individual, plans[-1].individual) == (True, False)

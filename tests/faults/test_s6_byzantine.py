@@ -134,7 +134,7 @@ def federate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(ClientEnd, "pack", lambda _, result, plan: engine.pack(result, plan))
                 records = list(Federation(config, bench.bank, link, end, store).run())
-            last = store.knowledge()
+            last = store.models.knowledge()
             shares_right = bench.judge.by_class(last, last.adapter, recipe.training(bench.depth))
             store.close()
             return Outcome(100 * bench.judge.overall(shares_right), records)

@@ -83,7 +83,7 @@ def outcome(world: World) -> Outcome:
     """Read what a federation has come to."""
     with world.store() as store:
         rounds = tuple(_essence(record) for record in store.records())
-        known = store.knowledge()
+        known = store.models.knowledge()
     if known is None:
         return Outcome(rounds, ())
     own = [f"{client}={sha256(encode_adapter(adapter))}" for client, adapter in sorted(known.own.items())]

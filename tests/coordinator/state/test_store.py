@@ -158,7 +158,7 @@ def test_a_folder_that_is_not_there_starts_from_nothing_and_looking_makes_none(t
     store = Store(tmp_path / "state")
     assert store.records() == []
     assert store.run() is None
-    assert store.knowledge() is None
+    assert store.models.knowledge() is None
     assert store.opened() is None
     assert store.progress() is None
     assert store.resume(shapes, TEXT_SHAPES) == (0, None)
@@ -180,7 +180,7 @@ def test_a_restart_continues_with_all_that_was_known_after_the_newest_round(afte
 
 def test_others_may_look_while_a_coordinator_is_at_work(after_two_rounds, url, history):
     reader = Store(after_two_rounds.folder, url)
-    assert bits(reader.knowledge()) == bits(history[2])
+    assert bits(reader.models.knowledge()) == bits(history[2])
     assert [found.round for found in reader.records()] == [1, 2]
     reader.close()
 
@@ -209,20 +209,20 @@ def test_records_come_back_as_they_were_written_in_order(after_two_rounds, new_s
 
 def test_adapters_and_banks_come_back_by_the_round_that_made_them(after_two_rounds, history):
     for number, known in enumerate(history):
-        assert encode_adapter(after_two_rounds.adapter(number)) == encode_adapter(known.adapter)
-    assert encode_adapter(after_two_rounds.own(1, "ann")) == encode_adapter(history[1].own["ann"])
-    assert encode_adapter(after_two_rounds.own(2, "ann")) == encode_adapter(history[2].own["ann"])
+        assert encode_adapter(after_two_rounds.models.adapter(number)) == encode_adapter(known.adapter)
+    assert encode_adapter(after_two_rounds.models.own(1, "ann")) == encode_adapter(history[1].own["ann"])
+    assert encode_adapter(after_two_rounds.models.own(2, "ann")) == encode_adapter(history[2].own["ann"])
     for version in (1, 2):
-        assert encode_bank(after_two_rounds.bank(version)) == encode_bank(a_bank(version))
+        assert encode_bank(after_two_rounds.models.bank(version)) == encode_bank(a_bank(version))
 
 
 def test_what_no_round_made_is_refused_by_name(after_two_rounds):
     with pytest.raises(FederationError, match="no adapter of round 3: never made, or no longer kept"):
-        after_two_rounds.adapter(3)
+        after_two_rounds.models.adapter(3)
     with pytest.raises(FederationError, match="no bob own of round 2"):
-        after_two_rounds.own(2, "bob")
+        after_two_rounds.models.own(2, "bob")
     with pytest.raises(FederationError, match="no 7 bank"):
-        after_two_rounds.bank(7)
+        after_two_rounds.models.bank(7)
 
 
 def blob_of(store, what):
@@ -377,7 +377,7 @@ def test_a_journal_of_another_version_is_refused_whoever_looks(tmp_path):
         journal.execute("UPDATE run SET version = 1")
         journal.execute("ALTER TABLE rounds DROP COLUMN bases")
     store = Store(tmp_path / "state")
-    looks = (store.records, store.knowledge, store.opened, store.progress, store.registry.devices, store.prepare)
+    looks = (store.records, store.models.knowledge, store.opened, store.progress, store.registry.devices, store.prepare)
     for look in looks:
         with pytest.raises(FederationError, match="is of version 1, this clipcast reads 3"):
             look()
@@ -470,7 +470,7 @@ def test_blobs_that_nothing_names_are_swept_at_the_start(after_two_rounds, new_s
     store = new_store()
     assert before - set(store.blobs.digests()) == {orphan}
     assert not half.exists()
-    assert bits(store.knowledge()) == bits(history[2])
+    assert bits(store.models.knowledge()) == bits(history[2])
 
 
 def test_another_journal_over_the_same_folder_is_refused_and_loses_nothing(tmp_path, run_rounds, history, postgres):
@@ -482,7 +482,7 @@ def test_another_journal_over_the_same_folder_is_refused_and_loses_nothing(tmp_p
     with pytest.raises(FederationError, match=r"blobs holds blobs that the journal .* knows nothing of: set `journal` back"):
         second.begin(IDENTITY)
     second.close()
-    assert bits(Store(tmp_path).knowledge()) == bits(history[2])
+    assert bits(Store(tmp_path).models.knowledge()) == bits(history[2])
 
 
 def test_old_rounds_are_pruned_but_the_start_the_newest_and_all_records_stay(new_store, plan, shapes):
@@ -497,13 +497,13 @@ def test_old_rounds_are_pruned_but_the_start_the_newest_and_all_records_stay(new
         store.open(plan.model_copy(update={"round": number}), RANKS, BASES)
         lesson = lesson_of(*(["ann"] if number == 1 else ["bob"]), text=number < 3)
         store.finish(record(number, known), known, lesson)
-        assert bits(store.knowledge()) == bits(known)
+        assert bits(store.models.knowledge()) == bits(known)
     assert [found.round for found in store.records()] == [1, 2, 3, 4, 5, 6]
-    held = [number for number in range(7) if holds(store.adapter, number)]
+    held = [number for number in range(7) if holds(store.models.adapter, number)]
     assert held == [0, 5, 6]
-    assert [version for version in range(1, 5) if holds(store.bank, version)] == [1, 3]
-    assert [number for number in range(1, 7) if holds(store.own, number, "bob")] == [5, 6]
-    assert holds(store.own, 1, "ann")
+    assert [version for version in range(1, 5) if holds(store.models.bank, version)] == [1, 3]
+    assert [number for number in range(1, 7) if holds(store.models.own, number, "bob")] == [5, 6]
+    assert holds(store.models.own, 1, "ann")
     wanted = 3 + 2 + 3 + 1  # adapters, banks, own ones, the text adapter
     assert len(list(store.blobs.digests())) == wanted
 
@@ -518,9 +518,9 @@ def test_a_class_bank_stays_as_long_as_a_round_that_is_kept_names_it(new_store, 
         known = Knowledge(bank, stored(initial_adapter(shapes, number)), text)
         store.open(plan.model_copy(update={"round": number}), RANKS, BASES)
         store.finish(record(number, known), known, lesson_of(text=number in (1, 6)))
-        named = {found.bank_version for found in store.records() if holds(store.adapter, found.round)}
-        assert all(holds(store.bank, version) for version in named)
-    assert [version for version in range(1, 8) if holds(store.bank, version)] == [1, 7]
+        named = {found.bank_version for found in store.records() if holds(store.models.adapter, found.round)}
+        assert all(holds(store.models.bank, version) for version in named)
+    assert [version for version in range(1, 8) if holds(store.models.bank, version)] == [1, 7]
 
 
 def test_who_listened_to_whom_is_told_of_the_rounds_that_are_kept(new_store, plan, shapes):
@@ -596,7 +596,7 @@ def test_whatever_the_point_of_a_power_cut_the_step_happened_or_did_not_and_can_
     def state(store):
         opened = store.opened()
         held = opened and (opened.plan, sorted(opened.accepted))
-        return bits(store.knowledge()), held, store.records(), store.answered("bob", kept.offer)
+        return bits(store.models.knowledge()), held, store.records(), store.answered("bob", kept.offer)
 
     def fresh(folder):
         store = Store(folder)
