@@ -112,6 +112,8 @@ class Model:
             )
         except Exception as error:
             raise InferenceError(f"onnxruntime cannot answer pictures of shape {images.shape}: {error}") from error
+        if not np.isfinite(probabilities).all():  # as of a 16-bit model whose sums have overflowed
+            raise InferenceError("the model's answer is not finite: try another flavour of export, or another provider")
         return Scores(probabilities, embeddings)
 
     def _check(self, classes: TextBank | None) -> None:

@@ -74,8 +74,9 @@ class Service:
         except RefusedError as error:
             return self._refused(error)
         model, _ = self.answering.current()
+        response = JSONResponse({"answers": [asdict(answer) for answer in answers], "model": about(model)})
         self.figures.requests.labels("200").inc()
-        return JSONResponse({"answers": [asdict(answer) for answer in answers], "model": about(model)})
+        return response
 
     async def _answers(self, asked: Asked) -> list[Answer]:
         if self._pending >= self._workers + self.limits.waiting:

@@ -18,6 +18,8 @@ from starlette.types import Message
 
 FIELD = "picture"
 PASSED_OVER = 4
+MOST_PARTS = 2000
+"""Of a JSON text: what any request has, many times over. Parsing millions of small values takes seconds and gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,21 @@ async def read_request(request: Request, body: bytes, limits: Limits) -> Asked:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("multipart/form-data", "application/json"):
         raise RefusedError(415, "content-type", "send multipart/form-data with a field `picture`, or application/json")
-    asked = await _form(request, body, limits) if kind == "multipart/form-data" else _json(body)
+    if kind == "multipart/form-data":
+        asked = await _form(request, body, limits)
+    else:  # megabytes of base64 take a while, and others wait
+        asked = await asyncio.get_running_loop().run_in_executor(None, _json, body, limits)
     if not asked.pictures:
         raise RefusedError(422, "no-picture", "no picture was sent: a form needs a file field `picture`, JSON `pictures`")
-    if len(asked.pictures) > limits.pictures:
-        raise RefusedError(
-            413, "too-many-pictures", f"{len(asked.pictures)} pictures in a request, at most {limits.pictures} are taken"
-        )
+    _check_count(len(asked.pictures), limits)
     return asked
+
+
+def _check_count(pictures: int, limits: Limits) -> None:
+    if pictures > limits.pictures:
+        raise RefusedError(
+            413, "too-many-pictures", f"{pictures} pictures in a request, at most {limits.pictures} are taken"
+        )
 
 
 @asynccontextmanager
@@ -125,14 +134,21 @@ async def _form(request: Request, body: bytes, limits: Limits) -> Asked:
         most = {"max_files": limits.pictures + 1, "max_fields": 8, "max_part_size": 4096}
         async with Request(request.scope, receive).form(**most) as form:
             found = [part for name, part in form.multi_items() if name == FIELD and not isinstance(part, str)]
-            pictures = tuple([(part.filename or FIELD, await part.read()) for part in found])
+            pictures = tuple([(_printable(part.filename) or FIELD, await part.read()) for part in found])
             return Asked(pictures, _top(form.get("top", request.query_params.get("top", 1))))
-    except (MultiPartException, HTTPException) as error:
+    except (MultiPartException, HTTPException, UnicodeError, LookupError) as error:  # the last two: of a strange charset
         detail = getattr(error, "message", None) or getattr(error, "detail", "")
         raise RefusedError(400, "malformed", f"the form cannot be read: {detail}") from error
 
 
-def _json(body: bytes) -> Asked:
+def _printable(name: str | None) -> str:
+    """Return a name without what no answer could carry, as it comes of a strange charset."""
+    return (name or "").encode("utf-8", "replace").decode()
+
+
+def _json(body: bytes, limits: Limits) -> Asked:
+    if sum(body.count(sign) for sign in (b",", b"[", b"{")) > MOST_PARTS:  # none of them is in base64
+        raise RefusedError(413, "too-large", f"JSON of more than {MOST_PARTS} parts is not read: send fewer pictures")
     try:
         said: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -141,6 +157,7 @@ def _json(body: bytes) -> Asked:
         raise RefusedError(
             422, "malformed", "JSON has to be an object with `pictures`, a list of base64 texts, and perhaps `top`"
         )
+    _check_count(len(said["pictures"]), limits)
     pictures = []
     for index, text in enumerate(said["pictures"]):
         try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from edge_client.inference.pictures import Pixels
+from edge_client.inference.serve.server import CONNECTIONS
 from export.flavours import Flavour
 from tests.conftest import wait_until
 from tests.edge_client.inference.exported import CLASSES
@@ -78,7 +81,8 @@ def test_json_that_is_refused_says_why(service: Serving, said: object, status: i
     ("body", "kind", "status", "reason"),
     [
         (b"{", "application/json", 400, "malformed"),
-        (b"[" * 200_000, "application/json", 400, "malformed"),
+        (b"[" * 1_000, "application/json", 400, "malformed"),
+        (b"[" * 200_000, "application/json", 413, "too-large"),
         (b"\xff\xfe", "application/json", 400, "malformed"),
         (b"", "application/json", 400, "malformed"),
         (b"x", "text/plain", 415, "content-type"),
@@ -91,6 +95,43 @@ def test_json_that_is_refused_says_why(service: Serving, said: object, status: i
 def test_bodies_that_are_refused_say_why(service: Serving, body: bytes, kind: str, status: int, reason: str) -> None:
     code, told = service.post(body, kind)
     assert (code, told["error"]["reason"]) == (status, reason)
+
+
+def test_a_text_of_millions_of_values_costs_neither_memory_nor_time(service: Serving) -> None:
+    before = service.memory("VmHWM")
+    for body in (b'{"pictures":["' + b'","' * 5_000_000 + b'"]}', b'{"pictures":[],"x":[' + b"[]," * 5_000_000 + b"[]]}"):
+        code, told = service.post(body, "application/json")
+        assert (code, told["error"]["reason"]) == (413, "too-large")
+    assert service.memory("VmHWM") - before < 150  # MB: each body has 15
+
+
+@pytest.mark.parametrize("charset", ["undefined", "utf-7", "unicode_escape", "no-such"])
+def test_a_form_in_a_strange_charset_is_answered_or_refused_and_counted(service: Serving, charset: str) -> None:
+    body = b'--b\r\ncontent-disposition: form-data; name="picture"; filename="\\ud800+2AA-"\r\n\r\nx\r\n--b--\r\n'
+    code, told = service.post(body, f"multipart/form-data; charset={charset}; boundary=b")
+    assert (code, told["error"]["reason"]) in [(400, "malformed"), (422, "not-a-picture")]
+
+
+def test_who_connects_and_asks_nothing_keeps_nobody_out_for_long(models: Models, photograph: Pixels, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom edge_client.inference.serve import server\nserver.HEAD_S = 1.0\n"
+        "sys.argv = sys.argv[2:]\nfrom clipcast.cli import app\napp()\n"
+    )
+    python.chmod(0o755)
+    with serving(models["int8"], python=str(python)) as service, ExitStack() as open_ones:
+        for head in (b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\n", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\nG"):
+            for _ in range(CONNECTIONS):
+                open_ones.enter_context(raw(service)).sendall(head)
+            wait_until(lambda: healthy(service), what="the silent ones to be hung up on")
+        data = encoded(photograph)
+        assert service.form(*[data] * 16)[0] == 200  # whose answer takes longer than that
+
+
+def healthy(service: Serving) -> bool:
+    with suppress(OSError):
+        return service.get("/healthz") == "ok\n"
+    return False
 
 
 def test_a_form_with_too_many_files_or_a_foreign_top_is_refused(service: Serving) -> None:
