@@ -72,21 +72,33 @@ class Follower:
         )
 
     def started(self) -> list[Step]:
-        """Begin where the last process ended; one that was trying a model for the third time in vain goes back."""
+        """Begin where the last process ended. A model that was loaded or tried three times in vain is given up."""
         state = self.state
+        if state.release is None or state.stage == "fetching":
+            return [Use(state.current), *self.under_way()]
+        self._keep(boots=state.boots + 1)
+        if self.state.boots > MOST_BOOTS:
+            problem = f"the process ended {MOST_BOOTS} times while it was {'tried' if state.stage == 'trying' else 'loaded'}"
+            if state.stage == "trying":
+                return self._back("crashed", problem)
+            return [Use(state.current), *self._over(state.release, "refused", "crashed", problem)]
         if state.stage == "trying":
-            assert state.release is not None
-            self._keep(boots=state.boots + 1)
-            if self.state.boots > MOST_BOOTS:
-                return self._back("crashed", f"the process ended {MOST_BOOTS} times while it was tried")
             return [Use(state.current, state.release)]
-        using: list[Step] = [Use(state.current)]
-        if state.release is None:
-            return using
-        return [*using, Prepare(state.release) if state.stage == "staged" else Fetch(state.release)]
+        return [Use(state.current), *self.under_way()]
+
+    def under_way(self) -> list[Step]:
+        """Return what is to be done for the release under way: at a start, and where a step could not be carried out."""
+        state = self.state
+        if state.release is None or state.stage == "trying":
+            return []
+        return [Prepare(state.release) if state.stage == "staged" else Fetch(state.release)]
+
+    def left(self) -> None:
+        """Take the start back: the process ends in good order, which is not held against the release under way."""
+        self._keep(boots=max(0, self.state.boots - 1))
 
     def announced(self, release: Release) -> list[Step]:
-        """Take in a release, new or said again."""
+        """Take in a release, new or said again. It is the only one that the coordinator speaks of: others end."""
         state = self.state
         if state.stage == "trying" and not self._under_way(release):
             if release.rollback:  # the operator wants all back, and knows more than the trial
@@ -94,6 +106,11 @@ class Follower:
             self._news = release  # one thing after the other: the trial ends first
             return []
         self._news = None
+        dropped = [] if self._under_way(release) else self._drop()
+        return [*dropped, *self._taken_in(release)]
+
+    def _taken_in(self, release: Release) -> list[Step]:
+        running = self.state.running
         if release.state == "aborted":
             return self._aborted(release)
         if not self._is_for_me(release):
@@ -102,12 +119,12 @@ class Follower:
             return self._updated(release)
         if self._is_done(release):
             return []
-        if release.version < state.running and not release.rollback:
-            return self._over(release, "refused", "older-version", f"version {state.running} is here")
-        if release.version == state.running:
+        if release.version < running and not release.rollback:
+            return self._over(release, "refused", "older-version", f"version {running} is here")
+        if release.version == running:
             return self._over(release, "committed")
         if release.state == "paused":
-            return self._drop()
+            return []
         self._keep(release=release, stage="fetching", ended=None)
         return [Fetch(release)]
 
@@ -115,7 +132,7 @@ class Follower:
         """Go on with the release under way: all its blobs are here."""
         if self.state.stage != "fetching" or self.state.release is None:
             return []
-        self._keep(stage="staged")
+        self._keep(stage="staged", boots=0)
         return [Prepare(self.state.release)]
 
     def failed(self, reason: str, detail: str) -> list[Step]:
@@ -128,17 +145,23 @@ class Follower:
     def prepared(self) -> list[Step]:
         """Switch, unless it is paused: the release under way has answered its smoke picture as it should."""
         state = self.state
-        if state.stage != "staged" or state.release is None or state.release.state != "open":
+        if state.stage != "staged" or state.release is None:
+            return []
+        if state.release.state != "open":
+            self._keep(boots=0)
             return []
         self._keep(previous=state.current, current=Slot.of(state.release), stage="trying", boots=0)
         return [Use(self.state.current, state.release)]
 
     def unusable(self, problem: str) -> list[Step]:
-        """Go back to the model before, or to what the device came with: the current one cannot be loaded, at a start."""
+        """Go back to the model before, or to what the device came with: the current one cannot be loaded, at a start.
+
+        Its release is over no more: where the coordinator says it again, it is fetched and tried again.
+        """
         state = self.state
         if state.stage == "trying":
             return self._back("unreadable", problem)
-        self._keep(current=state.previous, previous=None)
+        self._keep(current=state.previous, previous=None, ended=None)
         return [Use(self.state.current)]
 
     def judged(self, reason: str | None, detail: str = "") -> list[Step]:
@@ -186,7 +209,7 @@ class Follower:
     def _drop(self) -> list[Step]:
         if self.state.release is None or self.state.stage == "trying":
             return []
-        self._keep(release=None, stage="idle")
+        self._keep(release=None, stage="idle", boots=0)
         return [Stop()]
 
     def _over(self, release: Release, phase: Final, reason: str | None = None, detail: str = "") -> list[Step]:

@@ -57,6 +57,7 @@ def following(
         finally:
             stop.set()
             thread.join()
+            live.leave()
 
 
 def _follow(config: ClientConfig, live: Live, end: FollowerEnd, stop: threading.Event) -> None:

@@ -60,6 +60,7 @@ class Watch:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _latencies: deque[float] = field(default_factory=lambda: deque(maxlen=8 * KEPT))
     _pictures: deque[tuple[Pixels, int]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    _measured: tuple[float, ...] = ()
     _before: float | None = None
     _version: int | None = None
     _answers: int = 0
@@ -70,17 +71,26 @@ class Watch:
     def begin(self, version: int) -> None:
         """Count from now on, for this version; what was measured so far is what it is compared with."""
         with self._lock:
-            self._before = statistics.median(self._latencies) if self._latencies else None
+            self._measured = tuple(self._latencies)
+            self._before = statistics.median(self._measured) if self._measured else None
             self._version = version
             self._answers = self._errors = self._same = self._compared = 0
             self._latencies.clear()
             self._pictures.clear()
 
     def end(self) -> None:
-        """Count no more."""
+        """Count no more: the new model stays."""
         with self._lock:
             self._version = None
             self._pictures.clear()
+
+    def back(self) -> None:
+        """Count no more: the model before answers again, and what was measured of it is what counts."""
+        with self._lock:
+            self._version = None
+            self._pictures.clear()
+            self._latencies.clear()
+            self._latencies.extend(self._measured)
 
     def note(self, outcome: Outcome) -> None:
         """Take in an answer; of another version's, one that was under way at the switch, nothing."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_client.errors import InferenceError
@@ -27,7 +28,7 @@ from protocol.storage.large import copy_atomic, file_sha256, room_for
 
 log = logging.getLogger(__name__)
 
-POLL_S, JUDGE_S = 0.2, 0.5
+POLL_S, JUDGE_S, AGAIN_S = 0.2, 0.5, 1.0
 
 
 Loaded = tuple[Slot | None, Model]
@@ -49,7 +50,8 @@ class Shelf:
         if slot is not None:
             return slot.artefact
         if self._base is not None and not self._base_digest:
-            self._base_digest = file_sha256(self._base)
+            with contextlib.suppress(OSError):  # it was removed since the start: then it is nobody's twin
+                self._base_digest = file_sha256(self._base)
         return self._base_digest
 
     def open(self, slot: Slot | None, near: Loaded | None = None) -> Model | None:
@@ -66,10 +68,14 @@ class Shelf:
         return Model.open(self._slots.path(slot.artefact), self._runtime, adapter=adapter, classes=classes)
 
     def lend(self, ref: BlobRef) -> bool:
-        """Copy the file that the device came with to the blobs if it is this one; return whether it is. Raises OSError."""
-        if self._base is None or self._base.stat().st_size != ref.size or self.digest(None) != ref.sha256:
+        """Copy the file that the device came with to the blobs if it is this one; return whether it is there now."""
+        try:
+            if self._base is None or self._base.stat().st_size != ref.size or self.digest(None) != ref.sha256:
+                return False
+            copy_atomic(self._base, self._slots.path(ref.sha256))
+        except OSError as error:
+            log.warning("%s cannot be copied: %s. The coordinator is asked for it", self._base, error)
             return False
-        copy_atomic(self._base, self._slots.path(ref.sha256))
         return True
 
     def _bank(self, digest: str) -> TextBank:
@@ -88,6 +94,11 @@ class Trial:
     since: float
     before: Model | None
 
+    @property
+    def is_way_back(self) -> bool:
+        """Whether the operator wants it instead of what answered before, which is no measure for it then."""
+        return self.release.rollback
+
 
 class Live:
     """One device at work. `begin` makes it answer; `run` is the loop."""
@@ -103,6 +114,7 @@ class Live:
         self._current: Loaded | None = None
         self._trial: Trial | None = None
         self._judged = 0.0
+        self._unkept: float | None = None
         self._figures: Figures | None = None
         self._link: Link[FollowerEvent] | None = None
         self._end: FollowerEnd | None = None
@@ -110,17 +122,21 @@ class Live:
 
     def begin(self) -> Answering:
         """Load the model that answers, the one before it where it cannot be loaded; raises InferenceError if none can."""
-        self._pending = self._take(self._follower.started())
-        assert self.answering is not None
+        self._take(self._follower.started())
+        if self.answering is None:
+            raise InferenceError("no model can be loaded, and that cannot be written down: see above, and make room")
         return self.answering
 
     def run(self, link: Link[FollowerEvent], end: FollowerEnd, stop: threading.Event) -> None:
         """Follow releases until `stop` is set."""
         self._link, self._end = link, end
-        self._take(self._pending)
+        self._take(self._follower.under_way())
         while not stop.is_set():
             for event in [*link.poll(POLL_S), *end.settle()]:
                 self._take(self._on(event))
+            if self._unkept is not None and self._clock() - self._unkept >= AGAIN_S:
+                self._unkept = None
+                self._take(self._follower.under_way())
             if self._trial is not None and self._clock() - self._judged >= JUDGE_S:
                 self._take(self._judge(self._trial))
             link.do(end.report(self._report()))
@@ -138,22 +154,26 @@ class Live:
             case _:
                 return []
 
-    def _take(self, steps: list[Step]) -> list[Step]:
-        """Keep the state, then carry out the steps, and those that follow from them; return what needs the link first."""
-        later: list[Step] = []
-        while steps:
-            if not self._keep():
-                return later
-            step, *steps = steps
-            if self._end is None and not isinstance(step, Use):
-                later.append(step)
-                continue
-            steps = [*self._carry_out(step), *steps]
+    def leave(self) -> None:
+        """Say that the process ends in good order; `run` has ended."""
+        self._follower.left()
         self._keep()
-        return later
+
+    def _take(self, steps: list[Step]) -> None:
+        """Keep the state, then carry out the steps, and those that follow from them.
+
+        Without a link only what answers is seen to: `run` begins with the rest.
+        """
+        while self._keep() and steps:
+            step, *steps = steps
+            if self._end is not None or isinstance(step, Use):
+                steps = [*self._carry_out(step), *steps]
 
     def _keep(self) -> bool:
-        """Write the state down if it has changed; False, and all is as before, if the disk does not take it."""
+        """Write the state down if it has changed; False, and all is as before, if the disk does not take it.
+
+        What is under way then is taken up again a little later.
+        """
         if self._follower.state == self._kept:
             return True
         try:
@@ -161,6 +181,7 @@ class Live:
         except OSError as error:
             log.error("the state of releases cannot be kept: %s. Make room", error)  # noqa: TRY400 - no bug
             self._follower.state = self._kept
+            self._unkept = self._clock()
             return False
         self._kept = self._follower.state
         return True
@@ -183,10 +204,11 @@ class Live:
         self._slots.sweep(self._follower.state)
         self._figures = None
         refs = () if release is None else release.blobs
-        missing = [ref for ref in refs if not self._slots.has(ref.sha256) and not self._shelf.lend(ref)]
-        if missing and not room_for(missing, self._slots.path("")):
-            size = sum(ref.size for ref in missing)
+        missing = [ref for ref in refs if not self._slots.has(ref.sha256)]
+        size = self._slots.missing_bytes(missing)
+        if missing and not room_for(size, self._slots.path("")):
             return self._follower.failed("no-space", f"{size / 1e6:.0f} MB and some to spare are needed")
+        missing = [ref for ref in missing if not self._shelf.lend(ref)]
         self._link.do(self._end.fetch(missing))
         if release is None or missing:
             return []
@@ -215,6 +237,7 @@ class Live:
             if slot is None:
                 raise
             log.error("release %d cannot be loaded: %s", slot.version, error)  # noqa: TRY400 - no bug, no traceback
+            self._slots.discard_damaged(slot)
             return self._follower.unusable(str(error))
         version = 0 if slot is None else slot.version
         self._current = None if model is None else (slot, model)
@@ -223,7 +246,7 @@ class Live:
             self._watch.begin(version)
             self._trial = Trial(watch, self._clock(), before or self._previous())
         else:
-            self._watch.end()
+            self._watch.back()
         if self.answering is None:
             self.answering = Answering(model, version)
             self.answering.observe(self._watch.note)
@@ -250,13 +273,17 @@ class Live:
     def _judge(self, trial: Trial) -> list[Step]:
         self._judged = self._clock()
         assert self._current is not None
-        if trial.before is not None:
+        if trial.before is not None and not trial.is_way_back:
             self._watch.compare(self._current[1], trial.before)
         self._figures = self._watch.figures(self._clock() - trial.since)
+        if trial.is_way_back:
+            self._figures = replace(self._figures, latency_before=None)
         over, reason, detail = judge(trial.release.health, self._figures)
         if not over:
             return []
         steps = self._follower.judged(reason, detail)
+        if not self._keep():
+            return []  # the trial goes on, and is judged again
         if reason is None:
             log.info("release %d stays", trial.release.version)
             self._trial = None

@@ -6,16 +6,19 @@ swept after they are named no more.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_client.errors import StateError
-from protocol.messages import Count, Name, Sha256
+from protocol.messages import BlobRef, Count, Name, Sha256
 from protocol.release.follower_end import BLOBS, PARTIAL
 from protocol.release.manifests import Release, Version
 from protocol.storage.files import write_atomic
+from protocol.storage.large import file_sha256
 
 Stage = Literal["idle", "fetching", "staged", "trying"]
 Final = Literal["committed", "refused", "rolled-back"]
@@ -62,7 +65,8 @@ class State(BaseModel):
     """What is on the disk. `current` is None while the model that the device was set up with answers.
 
     `release` is under way, in `stage`; while `trying` it is the current one, and `previous` is where it goes back to.
-    `boots` counts the process's starts since it switched.
+    `boots` counts the process's starts since then, and those that were ended in good order are taken back; of one that is
+    `staged` the starts since it was last loaded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,6 +120,23 @@ class Slots:
     def has(self, digest: str) -> bool:
         """Whether a blob is here: it got its name when its hash had been seen to be right."""
         return self.path(digest).is_file()
+
+    def missing_bytes(self, refs: Iterable[BlobRef]) -> int:
+        """Return the bytes that the disk has to take for these blobs: what has come of them is there already."""
+        return sum(max(0, ref.size - self._come(ref.sha256)) for ref in refs)
+
+    def _come(self, digest: str) -> int:
+        try:
+            return (self._partial / f"{digest}.part").stat().st_blocks * 512  # it has holes
+        except OSError:
+            return 0
+
+    def discard_damaged(self, slot: Slot) -> None:
+        """Remove blobs of a slot that are not what their name says: then they can be fetched again."""
+        for path in map(self.path, slot.blobs):
+            with contextlib.suppress(OSError):
+                if file_sha256(path) != path.name:
+                    path.unlink()
 
     def sweep(self, state: State) -> None:
         """Remove what the state does not name."""

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from protocol.messages import BlobRef
 from protocol.storage.files import make_folder, replacing, sync_folder
 from protocol.storage.partial import Ranges, write_at
 
@@ -106,10 +105,10 @@ class LargePartial:
         return end
 
 
-def room_for(refs: list[BlobRef], folder: Path) -> bool:
-    """Whether the disk of a folder has room for these blobs, and some to spare."""
+def room_for(size: int, folder: Path) -> bool:
+    """Whether the disk of a folder has room for so many bytes, and some to spare."""
     make_folder(folder)
-    return shutil.disk_usage(folder).free >= sum(ref.size for ref in refs) + SPARE_BYTES
+    return shutil.disk_usage(folder).free >= size + SPARE_BYTES
 
 
 def file_sha256(path: Path) -> str:

@@ -148,6 +148,67 @@ def test_a_process_that_dies_again_and_again_during_a_trial_goes_back() -> None:
     assert told(follower) == (0, 1, "rolled-back", "crashed")
 
 
+def test_a_model_that_kills_the_process_while_it_is_loaded_is_refused_in_the_end() -> None:
+    follower = a_follower()
+    installed(follower, a_release(1))
+    follower.announced(a_release(2))
+    follower.fetched()
+    for _ in range(MOST_BOOTS):
+        follower = a_follower(follower.state)
+        assert follower.started() == [Use(Slot.of(a_release(1))), Prepare(a_release(2))]
+    follower = a_follower(follower.state)
+    assert follower.started() == [Use(Slot.of(a_release(1))), Stop()]
+    assert told(follower) == (1, 2, "refused", "crashed")
+
+
+def test_a_process_that_is_told_to_end_has_not_crashed() -> None:
+    follower = a_follower()
+    follower.announced(a_release(1))
+    for step in (Follower.fetched, Follower.prepared):
+        step(follower)
+        for _ in range(2 * MOST_BOOTS):
+            follower = a_follower(follower.state)
+            follower.started()
+            follower.left()
+    assert told(follower) == (1, 1, "trying", None)
+
+
+def test_a_paused_release_that_could_be_loaded_is_not_counted_against_it() -> None:
+    follower, paused = a_follower(), a_release(1, state="paused")
+    follower.announced(a_release(1))
+    follower.announced(paused)
+    follower.fetched()
+    for _ in range(2 * MOST_BOOTS):
+        follower = a_follower(follower.state)
+        assert follower.started() == [Use(None), Prepare(paused)]
+        assert follower.prepared() == []
+    assert told(follower)[2] == "staged"
+
+
+@pytest.mark.parametrize(
+    "later", [{"percent": 0.0}, {"state": "aborted"}, {"profiles": ("jetson-nano",)}, {"state": "paused"}]
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_the_coordinator_no_longer_speaks_of_is_let_go(steps: int, later: dict[str, object]) -> None:
+    follower = a_follower()
+    for step in (lambda: follower.announced(a_release(1)), follower.fetched)[:steps]:
+        step()
+    assert follower.announced(a_release(2, **later)) == [Stop()]
+    assert follower.fetched() == follower.prepared() == []
+    assert told(follower) == (0, None, "idle", None)
+
+
+def test_what_is_under_way_is_begun_again_when_it_was_lost() -> None:
+    follower = a_follower()
+    assert follower.under_way() == []
+    follower.announced(a_release(1))
+    assert follower.under_way() == [Fetch(a_release(1))]
+    follower.fetched()
+    assert follower.under_way() == [Prepare(a_release(1))]
+    follower.prepared()
+    assert follower.under_way() == []
+
+
 def test_a_model_that_cannot_be_loaded_at_a_start_gives_way_to_the_one_before() -> None:
     follower = a_follower()
     installed(follower, a_release(1))
@@ -156,6 +217,8 @@ def test_a_model_that_cannot_be_loaded_at_a_start_gives_way_to_the_one_before() 
     assert again.started() == [Use(Slot.of(a_release(2)))]
     assert again.unusable("damaged") == [Use(Slot.of(a_release(1)))]
     assert again.unusable("damaged too") == [Use(None)]
+    assert told(again) == (0, None, "idle", None)
+    installed(again, a_release(2))  # it is here no more, so it is fetched again when it is said again
 
 
 @given(st.integers(1, 3))

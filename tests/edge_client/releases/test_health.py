@@ -87,6 +87,21 @@ def test_what_was_measured_before_the_switch_is_what_after_it_is_compared_with()
     assert watch.figures(7.0) == Figures(7.0, 2, 1, 0.05, 0.02, None)
 
 
+def test_a_model_that_went_leaves_no_measure_behind() -> None:
+    watch = Watch()
+    watch.note(outcome(1, seconds=0.1))
+    watch.begin(2)
+    for _ in range(200):
+        watch.note(outcome(2, seconds=0.5))
+    watch.back()
+    watch.begin(3)
+    assert watch.figures(0.0).latency_before == 0.1
+    watch.note(outcome(3, seconds=0.2))
+    watch.end()
+    watch.begin(4)
+    assert watch.figures(0.0).latency_before == 0.2
+
+
 def test_recent_pictures_are_few_and_small() -> None:
     watch = Watch()
     watch.begin(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from edge_client.inference.pictures import Pixels
 from edge_client.inference.providers import Runtime
 from edge_client.releases.follower import Follower
 from edge_client.releases.live import Live, Shelf
-from edge_client.releases.slots import Slots
+from edge_client.releases.slots import Slots, State
 from export.flavours import Flavour
 from export.lora import adapter_file
 from protocol.bus import Delivery, MemoryBroker, Publish, Subscribe
@@ -31,7 +32,7 @@ from protocol.release.desk_end import DeskEnd, Reported
 from protocol.release.follower_end import FOLDER, FollowerEnd
 from protocol.release.manifests import Health, Release, Report
 from protocol.storage.at_rest import KeptBlob
-from protocol.storage.large import file_sha256
+from protocol.storage.large import LargePartial, file_sha256
 from protocol.topics import Topics
 from protocol.trust.gate import Pinned
 from protocol.trust.signing import Signer
@@ -62,7 +63,7 @@ class Lab:
         """Start the device, or start it again."""
         slots = Slots(self.folder / "one" / FOLDER)
         live = Live(Follower("one", "generic-cpu", slots.load()), slots, Shelf(slots, base, None, Runtime()))
-        self.answering = live.begin()
+        self.live, self.answering = live, live.begin()
         trust = Pinned(self.folder / "one" / "coordinator.key", self.desk._signer.public)
         self.end = FollowerEnd("lab", "one", random.Random(1), self.folder / "one", trust)
         stop = threading.Event()
@@ -311,6 +312,95 @@ def test_a_damaged_model_on_the_disk_gives_way_at_the_next_start(
     with caplog.at_level(logging.ERROR):
         assert lab.device(lab.models["int8"]).classify(photograph).version == 0
     assert "release 1 cannot be loaded" in caplog.text
+
+
+def test_a_damaged_model_is_fetched_again_when_its_release_is_said_again(lab: Lab, photograph: Pixels) -> None:
+    lab.device()
+    release = lab.release(1, lab.models["fp32"])
+    lab.announce(release)
+    lab.until(1, "committed")
+    lab.stop()
+    (lab.folder / "one" / FOLDER / "blobs" / release.artefact.sha256).write_bytes(b"damaged")
+    answering = lab.device()
+    assert answering.current() == (None, 0)
+    lab.reports.clear()
+    lab.announce(release)
+    assert lab.until(1, "committed").running == 1
+    assert answering.classify(photograph).version == 1
+
+
+def test_a_way_back_is_taken_whatever_the_model_that_has_to_go_says(lab: Lab, photograph: Pixels) -> None:
+    """What answers now is what the operator does not want: it is no measure for what comes back."""
+    answering = lab.device(lab.models["int8"])
+    bank = bank_of("tiny-clip", ("cat", "ship", "tree"))
+    lab.live._watch._latencies.extend([1e-6] * 9)  # nothing is as fast as this
+    health = Health(window_s=0.2, min_answers=5, min_agreement=1.0)
+    lab.announce(lab.release(1, lab.models["int8"], None, bank, health=health, rollback=True))
+    lab.until(1, "trying")
+    for _ in range(8):
+        answering.classify(photograph)
+    report = lab.until(1, "committed", "rolled-back")
+    assert (report.phase, report.running) == ("committed", 1)
+
+
+@pytest.mark.parametrize("stage", ["staged", "trying", "idle"])
+def test_a_disk_that_takes_nothing_for_a_while_only_delays_a_release(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Whichever of the steps cannot be written down: it is taken again."""
+    monkeypatch.setattr("edge_client.releases.live.AGAIN_S", 0.1)
+    failed: list[str] = []
+    save = Slots.save
+
+    def fails(self: Slots, state: State) -> None:
+        if state.stage == stage and len(failed) < 3:
+            failed.append(state.stage)
+            raise OSError(28, "No space left on device")
+        save(self, state)
+
+    lab.device(lab.models["int8"])
+    monkeypatch.setattr(Slots, "save", fails)
+    lab.announce(lab.release(1, lab.models["fp32"]))
+    assert lab.until(1, "committed").running == 1
+    assert len(failed) == 3
+
+
+def test_a_file_that_cannot_be_lent_is_fetched(lab: Lab, tmp_path: Path, photograph: Pixels) -> None:
+    base = tmp_path / "base.onnx"
+    base.write_bytes(lab.models["fp32"].read_bytes())
+    answering = lab.device(base)
+    release = lab.release(1, lab.models["fp32"])
+    base.unlink()
+    lab.announce(release)
+    assert lab.until(1, "committed").running == 1
+    assert answering.classify(photograph).version == 1
+
+
+def test_what_has_come_already_needs_no_room_any_more(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = lab.release(1, lab.models["fp32"])
+    size, come = release.artefact.size, 4_000_000
+    part = LargePartial(lab.folder / "one" / FOLDER / "partial" / f"{release.artefact.sha256}.part", size)
+    part.add(0, lab.models["fp32"].read_bytes()[:come])
+    monkeypatch.setattr("protocol.storage.large.SPARE_BYTES", 0)
+    usage = shutil.disk_usage(lab.folder)
+    monkeypatch.setattr("protocol.storage.large.shutil.disk_usage", lambda _: usage._replace(free=size - come + 10_000))
+    lab.device()
+    lab.announce(release)
+    assert lab.until(1, "committed", "refused").phase == "committed"
+
+
+def test_following_that_broke_off_goes_on_with_what_is_under_way_now(lab: Lab) -> None:
+    """`run` is called again after an exception: what was under way when the process began may long be over."""
+    lab.device(lab.models["int8"])
+    lab.announce(lab.release(1, lab.models["fp32"]))
+    lab.until(1, "committed")
+    lab.stop()
+    live = lab.live
+    assert live.answering is not None
+    stop = threading.Event()
+    stop.set()
+    live.run(Link(lab.broker.connect(), lab.end), lab.end, stop)
+    assert lab.end._under == {}
 
 
 def test_what_is_needed_no_more_is_swept(lab: Lab) -> None:
