@@ -23,6 +23,7 @@ def bench(
     *,
     picture: Annotated[Path | None, typer.Option(help="The picture to answer; without it one of noise, 640 x 480.")] = None,
     batch: Annotated[str, typer.Option(help="Pictures in one go; several numbers with commas between.")] = "1,16",
+    adapter: Annotated[Path | None, typer.Option(help="An adapter for a file of flavour adapter.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each batch size.")] = 10.0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as the profile says.")] = 0,
     provider: Annotated[str, typer.Option(help="An onnxruntime provider, instead of the profile's.")] = "",
@@ -39,7 +40,7 @@ def bench(
     from edge_client.monitor.monitor import Monitor
 
     sizes = batch_sizes(batch)
-    opened = open_model(model, None, provider, profile, threads)
+    opened = open_model(model, adapter, provider, profile, threads)
     image = noise() if picture is None else read_picture(picture)
     monitor = Monitor()
     if not as_json:

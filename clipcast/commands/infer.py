@@ -65,7 +65,7 @@ def named(pictures: Iterable[Path]) -> Iterator[Path]:
 
     for path in pictures:
         if path == STDIN:
-            yield from find_files(Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+            yield from find_files(Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
         else:
             yield from find_files([path])
 

@@ -74,6 +74,8 @@ def look(
     from edge_client.inference.watch.folder import Folder
     from edge_client.inference.watch.watching import watch_camera, watch_folder
 
+    if not once:
+        typer.echo(f"watching {source}. Ctrl-C ends it", err=True)
     if not is_camera(source):
         watch_folder(Folder(Path(source), existing=existing), answering, top, tell, stop, every, once=once)
         return
@@ -98,6 +100,8 @@ def telling(url: str, topic: str) -> Iterator[Callable[[Seen], None]]:
 
     if "://" in url:
         settings = BrokerSettings(url=url)
+    elif not Path(url).is_file():
+        raise typer.BadParameter(f"--mqtt {url}: write mqtt://HOST[:PORT], or name a file with a section [broker]")
     else:
         from edge_client.config import load
 

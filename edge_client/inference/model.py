@@ -128,6 +128,8 @@ class Model:
             raise InferenceError(
                 f"a file of flavour {self.facts.flavour} takes no adapter: `clipcast export --flavour adapter` makes one"
             )
+        if not path.is_file():
+            raise InferenceError(f"{path}: no such adapter")
         try:
             about = onnxruntime.AdapterFormat.read_adapter(str(path))
             base = about.get_model_version()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from edge_client.errors import InferenceError, PictureTooLargeError
 
@@ -28,6 +28,8 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise InferenceError(f"{path}: no such picture") from error
     except OSError as error:
         raise InferenceError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte, as where a list is not one name a line
+        raise InferenceError(f"{str(path)[:80]!r} is no name of a file: names are given one a line") from error
     return decode_picture(data, str(path), max_pixels)
 
 
@@ -37,6 +39,8 @@ def decode_picture(data: bytes, name: str = "the picture", max_pixels: int = MAX
     Its size is looked at before anything is unpacked: a few bytes may claim to be gigabytes. A camera's note that the
     picture lies on its side is heeded, which training does not do: it trains on pictures as they are stored.
     """
+    if not data:
+        raise InferenceError(f"{name} cannot be read as a picture: it is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata; the limit here is our own
@@ -48,6 +52,8 @@ def decode_picture(data: bytes, name: str = "the picture", max_pixels: int = MAX
         raise
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit it does not even say how large
         raise PictureTooLargeError(f"{name} has too many pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InferenceError(f"{name} cannot be read as a picture: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise what they like over broken files
         raise InferenceError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
 

@@ -50,6 +50,14 @@ def test_files_folders_and_names_on_stdin_are_answered_in_order(home: Path) -> N
     piped = clipcast("infer", "int8.onnx", "-", cwd=home, stdin="pictures/a.png\n\npictures/more\n").stdout.splitlines()
     assert [line.split(":")[0] for line in piped] == ["pictures/a.png", "pictures/more/c.png"]
     assert clipcast("infer", "int8.onnx", "-", cwd=home).stdout == ""
+    assert clipcast("infer", "int8.onnx", "-", cwd=home, stdin="pictures/a.png\r\n").stdout.startswith("pictures/a.png: ")
+
+
+def test_what_is_no_list_of_names_is_told(home: Path) -> None:
+    told = clipcast("infer", "int8.onnx", "-", cwd=home, stdin="pictures/a.png\0pictures/b.png\0", code=9).stderr
+    assert "is no name of a file: names are given one a line" in told
+    told = clipcast("infer", "int8.onnx", "-", cwd=home, stdin="\x89PNG\x1a\n\0\0IHDR\n", code=9).stderr
+    assert "bug" not in told
 
 
 def test_json_csv_and_a_table_say_the_same(home: Path) -> None:
@@ -81,16 +89,21 @@ def test_an_adapter_is_taken_from_a_file(home: Path) -> None:
     assert json.loads(with_it.stdout)["probabilities"] != json.loads(without.stdout)["probabilities"]
     told = clipcast("infer", "int8.onnx", "pictures/a.png", "--adapter", "adapter.onnx_adapter", cwd=home, code=9).stderr
     assert "error: a file of flavour int8 takes no adapter" in told
+    told = clipcast("infer", "adapter.onnx", "pictures/a.png", "--adapter", "none", cwd=home, code=9).stderr
+    assert told == "error: none: no such adapter\n"
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_is_answered(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "pictures", tmp_path / "pictures")
-    (tmp_path / "pictures" / "aa.png").write_bytes(b"\x89PNG")
+    for name, data in (("aa", b"\x89PNG"), ("ab", b""), ("ac", b"no picture")):
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(data)
     done = clipcast("infer", str(home / "int8.onnx"), "pictures", "none.png", cwd=tmp_path, code=9)
     assert len(done.stdout.splitlines()) == 3
     assert "error: pictures/aa.png cannot be read as a picture" in done.stderr
+    assert "error: pictures/ab.png cannot be read as a picture: it is empty" in done.stderr
+    assert "error: pictures/ac.png cannot be read as a picture: it is none of JPEG, PNG," in done.stderr
     assert "error: none.png: no such picture" in done.stderr
-    assert "error: 2 of 5 pictures could not be answered" in done.stderr
+    assert "error: 4 of 7 pictures could not be answered" in done.stderr
 
 
 def test_speed_is_measured_with_memory_beside_it(home: Path) -> None:
@@ -103,6 +116,10 @@ def test_speed_is_measured_with_memory_beside_it(home: Path) -> None:
     assert one["flavour"] == "int8"
     said = clipcast("bench", "int8.onnx", "--batch", "1", "--seconds", "0.2", "--picture", "pictures/a.png", cwd=home).stdout
     assert said.splitlines()[0] == "int8.onnx: int8, CPUExecutionProvider, 240 x 33 pixels"
+    said = clipcast(
+        "bench", "adapter.onnx", "--adapter", "adapter.onnx_adapter", "--batch", "1", "--seconds", "0.2", cwd=home
+    ).stdout
+    assert said.startswith("adapter.onnx: adapter, ")
     told = clipcast("bench", "int8.onnx", "--batch", "0", cwd=home, code=2).stderr
     assert "whole numbers from 1 to 1024" in " ".join(told.replace("│", " ").split())
 
