@@ -64,9 +64,9 @@ def export_artefacts(
     """Write each flavour (ONNX) and its report beside it (.json), and yield its parity.
 
     `bits` is what the adapter was trained against; `model` names the base if not by the class bank's name. The flavour
-    `adapter` writes the source's adapter besides, as a file of its own (.onnx_adapter). Raises ExportError, writing nothing
-    of that flavour, if its answers are further from torch's than the flavour's gate allows: unless `accept_drift`,
-    which the file then says.
+    `adapter` writes the source's adapter besides, as a file of its own (.onnx_adapter). A flavour whose answers are further
+    from torch's than its gate allows is not written, unless `accept_drift`, which the file then says; after the others
+    ExportError is raised, which names it.
     """
     if not proof.pictures:
         raise ExportError("no pictures to prove the export on: name some with --data")
@@ -75,6 +75,7 @@ def export_artefacts(
     trained = _quantised_embeddings(name, bits, source, proof, preprocessing)
     merged = _merged(name, source)
     reference = torch_embeddings(merged, preprocessing, proof.pictures)
+    refused = []
     for flavour, out in outs.items():
         tower = load_image_tower(name, 32).eval() if flavour == "adapter" else merged
         blob = _build(flavour, tower, source, preprocessing, proof)
@@ -86,12 +87,15 @@ def export_artefacts(
         parity = compare(proven, reference[part], trained[part], bits, source.bank.embeddings, answers)
         drift = parity.drift(GATES[flavour])
         if drift and not accept_drift:
-            raise ExportError(
-                f"the ONNX file ({flavour}) differs from torch: {'; '.join(drift)}. Nothing was written. Export another "
-                f"flavour, or say --accept-drift, and the file will say so too"
-            )
+            refused.append(f"the ONNX file ({flavour}) differs from torch: {'; '.join(drift)}")
+            continue
         _write(out, blob, source, flavour, parity, drift)
         yield flavour, parity
+    if refused:
+        raise ExportError(
+            f"{'. '.join(refused)}. {'It was' if len(refused) == 1 else 'They were'} not written. Take another flavour, or "
+            f"say --accept-drift, and the file will say so too"
+        )
 
 
 def _checked(source: Source, model: str | None) -> str:

@@ -70,7 +70,8 @@ class Models:
             found = None if connection is None else connection.scalar(query)
         if found is None:
             what = " ".join(part for part in (name, kind) if part) + (f" of round {number}" if number is not None else "")
-            raise FederationError(f"{self._folder} holds no {what}: never made, or no longer kept (`keep_rounds`)")
+            made = "never made (`[recipe.personal]` makes them)" if kind == OWN else "never made"
+            raise FederationError(f"{self._folder} holds no {what}: {made}, or no longer kept (`keep_rounds`)")
         return str(found)
 
     def _adapter(self, digest: str) -> Adapter:

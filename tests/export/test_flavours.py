@@ -144,7 +144,7 @@ def test_below_its_gate_a_flavour_is_not_written_unless_drift_is_accepted(
 ) -> None:
     monkeypatch.setitem(GATES, "int4", Gate(0.99999))
     out = tmp_path / "model.onnx"
-    with pytest.raises(ExportError, match=r"\(int4\) differs from torch: cosine 0\.9.* Nothing was written.*--accept-drift"):
+    with pytest.raises(ExportError, match=r"\(int4\) differs from torch: cosine 0\.9.* It was not written.*--accept-drift"):
         export_artefact(source, proof, 4, out, flavour="int4")
     assert not list(tmp_path.iterdir())
     parity = export_artefact(source, proof, 4, out, flavour="int4", accept_drift=True)
@@ -165,11 +165,11 @@ def test_the_gate_knows_cosine_accuracy_and_what_is_not_a_number() -> None:
     assert "accuracy 89.0% on 200 pictures where torch has 90.0%" in parity(1.0, 0.89, 0.9).drift(gate)[0]
 
 
-def test_flavours_that_were_written_before_one_fails_stay(
+def test_flavours_before_and_after_one_that_drifts_are_written(
     source: Source, proof: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GATES, "int4", Gate(0.99999))
-    files: dict[Flavour, Path] = {"fp32": tmp_path / "a.onnx", "int4": tmp_path / "b.onnx"}
+    files: dict[Flavour, Path] = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "int4", "fp16")}
     with pytest.raises(ExportError, match="int4"):
         list(export_artefacts(Source(source.bank, source.adapter, RECIPE, "lab", 3), proof, 32, files))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp16.json", "fp16.onnx", "fp32.json", "fp32.onnx"]
