@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 from collections import deque
@@ -21,25 +22,24 @@ MOST_SIDE = 512
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured since the switch. Latencies are medians in seconds, None without any; so is `agreement`."""
+    """What was measured since the switch. Latencies are medians in seconds, None without any; so is `agreement`, a share."""
 
     seconds: float
     answers: int
     errors: int
     latency: float | None
     latency_before: float | None
-    agreement: float | None
+    agreement: float | None = None
 
 
 def judge(health: Health, found: Figures) -> tuple[bool, str | None, str]:
     """Return whether the trial is over, and if it ended badly a reason and a sentence.
 
-    Errors end it as soon as there are too many of at least five answers; the rest is judged at the end. A window without
-    enough answers goes on.
+    Errors end it as soon as there are too many of at least five answers; the rest is judged at the end.
     """
     if found.answers >= min(5, max(1, health.min_answers)) and found.errors > health.max_error_share * found.answers:
         return True, "errors", f"{found.errors} of {found.answers} answers failed"
-    if found.seconds < health.window_s or found.answers < health.min_answers:
+    if not window_over(health, found):
         return False, None, ""
     if found.latency is not None and found.latency_before is not None:
         ratio = found.latency / found.latency_before if found.latency_before > 0 else 1.0
@@ -48,6 +48,11 @@ def judge(health: Health, found: Figures) -> tuple[bool, str | None, str]:
     if found.agreement is not None and found.agreement < health.min_agreement:
         return True, "disagrees", f"the same label as before on {found.agreement:.0%} of recent pictures"
     return True, None, ""
+
+
+def window_over(health: Health, found: Figures) -> bool:
+    """Whether it was watched for long enough. A window without enough answers goes on."""
+    return found.seconds >= health.window_s and found.answers >= health.min_answers
 
 
 @dataclass
@@ -65,8 +70,6 @@ class Watch:
     _version: int | None = None
     _answers: int = 0
     _errors: int = 0
-    _same: int = 0
-    _compared: int = 0
 
     def begin(self, version: int) -> None:
         """Count from now on, for this version; what was measured so far is what it is compared with."""
@@ -74,7 +77,7 @@ class Watch:
             self._measured = tuple(self._latencies)
             self._before = statistics.median(self._measured) if self._measured else None
             self._version = version
-            self._answers = self._errors = self._same = self._compared = 0
+            self._answers = self._errors = 0
             self._latencies.clear()
             self._pictures.clear()
 
@@ -105,26 +108,25 @@ class Watch:
             if self._version is not None:
                 self._pictures.append((smaller(outcome.image), int(outcome.scores.probabilities[0].argmax())))
 
-    def compare(self, now: Model, before: Model) -> None:
-        """Ask the model before about the pictures that have come since the last time. Takes as long as their answers."""
+    def compare(self, now: Model, before: Model) -> float | None:
+        """Ask the model before about the recent pictures; return the share of those with the same label, None without any.
+
+        It takes as long as their answers, and meanwhile others take longer: so it is done once, after latency was measured.
+        """
         with self._lock:
             pictures = list(self._pictures)
-            self._pictures.clear()
+        same = []
         for image, index in pictures:
-            try:
+            with contextlib.suppress(InferenceError):
                 scores = before.run(image[None])
-            except InferenceError:
-                continue
-            same = before.labels[int(scores.probabilities[0].argmax())] == now.labels[index]
-            self._same += same
-            self._compared += 1
+                same.append(before.labels[int(scores.probabilities[0].argmax())] == now.labels[index])
+        return sum(same) / len(same) if same else None
 
     def figures(self, seconds: float) -> Figures:
         """Return what was measured, `seconds` after the switch."""
         with self._lock:
             latency = statistics.median(self._latencies) if self._latencies else None
-            agreement = self._same / self._compared if self._compared else None
-            return Figures(seconds, self._answers, self._errors, latency, self._before, agreement)
+            return Figures(seconds, self._answers, self._errors, latency, self._before)
 
 
 def smaller(image: Pixels) -> Pixels:

@@ -15,7 +15,7 @@ from edge_client.inference.answering import Answering
 from edge_client.inference.model import Model
 from edge_client.inference.providers import Runtime
 from edge_client.releases.follower import Fetch, Follower, Prepare, Step, Stop, Use
-from edge_client.releases.health import Figures, Watch, judge
+from edge_client.releases.health import Figures, Watch, judge, window_over
 from edge_client.releases.slots import Slot, Slots
 from edge_client.releases.smoke import smoke_problem
 from protocol.codec import decode_bank
@@ -252,7 +252,8 @@ class Live:
             self.answering.observe(self._watch.note)
         else:
             self.answering.switch(model, version)
-        log.info("release %d answers%s", version, ", on trial" if watch else "")
+        what = f"release {version}" if version else "no model yet" if model is None else "the model of the command line"
+        log.info("%s%s", what, " answers, on trial" if watch else "" if model is None else " answers")
         return []
 
     def _model(self, slot: Slot | None) -> Model | None:
@@ -273,12 +274,13 @@ class Live:
     def _judge(self, trial: Trial) -> list[Step]:
         self._judged = self._clock()
         assert self._current is not None
-        if trial.before is not None and not trial.is_way_back:
-            self._watch.compare(self._current[1], trial.before)
-        self._figures = self._watch.figures(self._clock() - trial.since)
+        health, found = trial.release.health, self._watch.figures(self._clock() - trial.since)
         if trial.is_way_back:
-            self._figures = replace(self._figures, latency_before=None)
-        over, reason, detail = judge(trial.release.health, self._figures)
+            found = replace(found, latency_before=None)
+        elif trial.before is not None and window_over(health, found):
+            found = replace(found, agreement=self._watch.compare(self._current[1], trial.before))
+        self._figures = found
+        over, reason, detail = judge(health, found)
         if not over:
             return []
         steps = self._follower.judged(reason, detail)

@@ -120,13 +120,12 @@ def test_agreement_is_asked_of_the_model_before(models: dict[Flavour, Path], pho
     watch.begin(2)
     for turned in (photograph, photograph[::-1], photograph[:, ::-1]):
         answering.classify(turned)
-    watch.compare(now, before)
-    assert watch.figures(1.0).agreement == 1.0
+    assert watch.compare(now, before) == 1.0
     wrong = (int(now.run(photograph[None]).probabilities[0].argmax()) + 1) % 4
     watch.note(outcome(2, wrong))
     watch._pictures[-1] = (photograph[::2, ::2], wrong)
-    watch.compare(now, before)
-    assert watch.figures(1.0).agreement == 0.75
+    assert watch.compare(now, before) == 0.75
+    assert Watch().compare(now, before) is None
 
 
 def png(image: Pixels) -> str:
