@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from coordinator.releases.orders import Orders
     from coordinator.state.store import Store
     from protocol.messages import TextBank
-    from protocol.release.manifests import Health
+    from protocol.release.manifests import Health, Smoke
     from protocol.release.rings import Ring
 
 app = typer.Typer(help="Send models out to devices, a few at first: each tries a model out, and goes back if it is worse.")
@@ -67,6 +66,7 @@ def create(
     """
     from clipcast.smoke import smoke_of
     from coordinator.releases.orders import Draft
+    from edge_client.errors import InferenceError
     from protocol.settings import SettingsError
 
     config, store = _open(settings)
@@ -93,7 +93,13 @@ def create(
         note,
         version,
     )
-    try_out = partial(smoke_of, picture=picture, classes=config.classes)
+
+    def try_out(artefact: Path, own: Path | None, bank: TextBank | None) -> Smoke:
+        try:
+            return smoke_of(artefact, own, bank, picture, config.classes)
+        except InferenceError as error:  # the operator knows the file by the name that was given
+            raise InferenceError(str(error).replace(str(artefact), str(model))) from error
+
     entry = _orders(config, store).make(draft, try_out)
     typer.echo(f"release {entry.version} is announced: {where(entry)}. The picture is {entry.rollout.release.smoke.label!r}")
     _warn_of_newer(store)
@@ -114,8 +120,10 @@ def status(
     Example: `clipcast release status coordinator.toml`
     """
     from coordinator.releases.summary import summary
+    from protocol.release.desk_end import FOLDER
+    from protocol.storage.files import is_locked
 
-    _, store = _open(settings)
+    config, store = _open(settings)
     found = summary(store.releases, store.registry)
     if as_json:
         typer.echo(json.dumps(None if found is None else as_record(found)))
@@ -124,6 +132,8 @@ def status(
     else:
         show(found, devices=devices)
         _warn_of_newer(store)
+        if is_locked(config.state / FOLDER) is False:
+            typer.echo("no desk is at work: nothing goes out before `clipcast coordinator run`, or `clipcast release run`")
 
 
 @app.command()
@@ -167,8 +177,14 @@ def rollback(
 
     Example: `clipcast release rollback coordinator.toml --to 3`
     """
-    entry = _orders(*_open(settings)).rollback(to)
+    from coordinator.releases.orders import COMPLETE, how_it_ended
+
+    config, store = _open(settings)
+    entry = _orders(config, store).rollback(to)
     typer.echo(f"all devices go back to release {entry.version}: clipcast release status {settings}")
+    first = next(one for one in reversed(store.releases.entries()) if one.version == entry.version)
+    if how_it_ended(first) != COMPLETE:
+        typer.echo(f"warning: release {entry.version} was never complete ({how_it_ended(first)})", err=True)
 
 
 @app.command()

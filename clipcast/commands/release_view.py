@@ -35,7 +35,7 @@ def show(found: Summary, *, devices: bool) -> None:
         "release": f"{found.entry.version}{', back from a later one' if release.rollback else ''}",
         "state": f"{found.state}{reason}",
         "ring": where(found.entry).removeprefix("ring "),
-        "devices": ", ".join(f"{count} {phase}" for phase, count in found.phases.items()) or "none yet",
+        "devices": ", ".join(f"{count} {phase}" for phase, count in found.phases.items()) or _nobody(found),
         "waiting for": some(census.waiting),
         "silent": some(census.silent),
         "excused": some(census.excused),
@@ -54,6 +54,14 @@ def show(found: Summary, *, devices: bool) -> None:
         said = (line.device, _phase(line), str(report.running), report.profile or "-", _why(line), _ago(line.heard))
         table.add_row(*(part.replace("[", r"\[") for part in said))
     Console().print(table)
+
+
+def _nobody(found: Summary) -> str:
+    if found.others:
+        return (
+            f"none: it is for {', '.join(found.entry.rollout.release.profiles)}, those known are {', '.join(found.others)}"
+        )
+    return "none yet"
 
 
 def _phase(line: DeviceLine) -> str:

@@ -186,11 +186,10 @@ def _tell(before: Rollout, after: Rollout) -> None:
         log.warning("release %d has stopped: too many failed. `clipcast release status` names them", version)
     elif after.complete and not before.complete:
         log.info("release %d is complete", version)
-    elif after.ring != before.ring:
+    elif after.ring != before.ring or before.since is None:
         log.info("release %d: ring %d of %d, %s", version, after.ring + 1, len(after.rings), after.rings[after.ring])
-    else:
-        named = ", ".join(after.release.devices[len(before.release.devices) :])
-        log.info("release %d goes to %s", version, named)
+    if named := after.release.devices[len(before.release.devices) :]:
+        log.info("release %d goes to %s", version, ", ".join(named))
 
 
 def take_desk(state: Path) -> IO[bytes] | None:

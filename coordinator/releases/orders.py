@@ -27,6 +27,7 @@ LONGEST_NAME = "x" * 64
 MOST_SEQUENCE = 2**53
 
 USUAL = Health()
+COMPLETE = "complete"
 
 TryOut = Callable[[Path, Path | None, TextBank | None], Smoke]
 """Runs an artefact, with an adapter and other classes if given, and says what it has to answer everywhere."""
@@ -88,7 +89,10 @@ class Orders:
         return self._change("abort", ("open", "paused"), lambda rollout: stopped(rollout, "aborted", "operator"))
 
     def rollback(self, version: int | None = None) -> Entry:
-        """Announce an earlier release to all, by default the newest one that was complete; what is under way ends."""
+        """Announce an earlier release to all; what is under way ends.
+
+        By default it is the newest that was complete of lower versions than the one that is announced.
+        """
         with self._blobs.alone():
             entries = self._book.entries()
             if not entries:
@@ -149,11 +153,15 @@ class Orders:
         current = entries[0]
         others = [one for one in entries if one.version != current.version]
         if version == current.version:
-            raise FederationError(f"release {version} is the one that is announced")
-        found = [one for one in others if one.version == version or (version is None and _was_complete(one))]
+            raise FederationError(
+                f"release {version} is the one that is announced: `clipcast release status --devices` says who has it. A "
+                f"device that ended it does not try it again: create a release of the same file"
+            )
+        found = [one for one in others if one.version == version or (version is None and _is_before(one, current))]
         if not found:
             which = f"release {version}" if version else "complete release before this one"
-            known = ", ".join(str(one) for one in sorted({one.version for one in others})) or "none"
+            ends = {one.version: how_it_ended(one) for one in reversed(others) if not one.rollout.release.rollback}
+            known = ", ".join(f"{number} ({end})" for number, end in sorted(ends.items())) or "none"
             raise FederationError(f"the journal holds no {which}. Name another with --to; others there are: {known}")
         if not all(map(self._blobs.has, found[0].rollout.release.blobs)):
             raise FederationError(
@@ -191,8 +199,15 @@ def _version(entries: list[Entry], wanted: int | None) -> int:
     return newest + 1 if wanted is None else wanted
 
 
-def _was_complete(entry: Entry) -> bool:
-    return entry.rollout.complete and entry.rollout.release.state == "open"
+def _is_before(entry: Entry, current: Entry) -> bool:
+    """Whether a release was complete, and is not the one that was left when `current` was gone back to."""
+    return entry.version < current.version and how_it_ended(entry) == COMPLETE and not entry.rollout.release.rollback
+
+
+def how_it_ended(entry: Entry) -> str:
+    """Return one word for a release's end."""
+    rollout = entry.rollout
+    return COMPLETE if rollout.complete and rollout.release.state == "open" else rollout.reason or rollout.release.state
 
 
 def _wanted(entries: list[Entry]) -> set[str]:

@@ -37,9 +37,16 @@ class Summary:
 
     @property
     def state(self) -> str:
-        """One word for how it is: complete, or what is announced."""
-        rollout = self.entry.rollout
-        return "complete" if rollout.complete and rollout.release.state == "open" else rollout.release.state
+        """One word for how it is: complete, or what is announced. A way back is complete when all who answer have it."""
+        rollout, census = self.entry.rollout, self.census
+        short = not rollout.rings and (census.waiting or census.failed or not census.committed)
+        return "complete" if rollout.complete and rollout.release.state == "open" and not short else rollout.release.state
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The profiles of all known devices, if the release is for none of these."""
+        profiles = {line.report.profile or "unknown" for line in self.devices}
+        return tuple(sorted(profiles)) if all(line.part == "none" for line in self.devices) else ()
 
     @property
     def phases(self) -> dict[str, int]:

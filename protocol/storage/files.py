@@ -72,3 +72,19 @@ def lock_folder(folder: Path) -> IO[bytes]:
         lock.close()
         raise
     return lock
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process is at work in a folder (`lock_folder`), None where that cannot be seen. Changes nothing."""
+    try:
+        lock = (folder / LOCK).open("rb")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False

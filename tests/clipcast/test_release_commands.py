@@ -102,17 +102,20 @@ def test_a_release_from_its_making_to_its_end_and_back(office: Office) -> None:
     said = office.release(*office.create, "--rings", "1,100%", "--note", "the first [one]")
     assert "release 1 is announced: ring 1 of 2, 1 device. The picture is 'a flower'" in said
     assert "release 1 is under way" in office.release(*office.create, code=7)
+    assert "no desk is at work: nothing goes out before" in office.release("status")
     with office.running("release", "run") as process, office.device("jetson-1", well) as until:
         until(lambda follower: follower.report.phase == "committed", "the device to commit")
         wait_until(lambda: office.status()["state"] == "complete", 60, "the release to be complete")
         until(lambda follower: follower.release is not None and follower.release.percent == 100, "the last ring")
         assert "another desk is at work" in office.release("run", code=7)
+        assert "no desk is at work" not in office.release("status")
         office.release(*office.create, "--rings", "100%", "--version", "5")
         until(lambda follower: follower.report.running == 5, "the second release")
         wait_until(lambda: office.status()["state"] == "complete", 60, "the second to be complete")
         assert "all devices go back to release 1" in office.release("rollback")
         until(lambda follower: follower.report.running == 1, "the device to go back")
         wait_until(lambda: office.status()["committed"] == ["jetson-1"], 60, "the desk to hear it")
+        assert office.status()["state"] == "complete"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     found = office.status()
@@ -123,6 +126,8 @@ def test_a_release_from_its_making_to_its_end_and_back(office: Office) -> None:
     assert "devices: 1 committed" in shown
     assert "note: the first [one]" in shown
     assert "jetson-1" in shown
+    office.release(*office.create, "--profiles", "jetson-agx-orin-64gb")
+    assert "devices: none: it is for jetson-agx-orin-64gb, those known are" in office.release("status")
 
 
 def test_one_that_stopped_by_itself_says_who_and_why_and_goes_on_when_told(office: Office) -> None:
@@ -160,7 +165,7 @@ def test_a_coordinators_run_sends_releases_out_too(office: Office) -> None:
         (("--classes-from", "newest"), 7, "no finished round"),
         (("--picture", "none.png"), 9, "none.png: no such picture"),
         (("--adapter", "none.onnx_adapter"), 3, "none.onnx_adapter cannot be read"),
-        (("--model", "coordinator.toml"), 9, "onnxruntime cannot load it"),
+        (("--model", "coordinator.toml"), 9, "coordinator.toml: onnxruntime cannot load it"),
         (("--note", "x" * 501), 3, "note: "),
     ],
 )

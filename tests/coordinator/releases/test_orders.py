@@ -150,6 +150,22 @@ def test_a_rollback_announces_the_last_complete_one_to_all(lab: Lab) -> None:
     assert lab.make("fourth.onnx").version == 4  # above all that there was
 
 
+def test_one_rollback_after_another_goes_further_back_and_never_forward(lab: Lab) -> None:
+    for name in ("first.onnx", "second.onnx"):
+        lab.make(name)
+        lab.complete()
+    lab.make("third.onnx")
+    lab.orders.abort()
+    lab.make("bad.onnx")
+    lab.complete()
+    assert [lab.orders.rollback().version for _ in range(2)] == [2, 1]
+    with pytest.raises(
+        FederationError, match=r"no complete release before.*: 2 \(complete\), 3 \(operator\), 4 \(complete\)"
+    ):
+        lab.orders.rollback()
+    assert lab.orders.rollback(3).version == 3  # by name, whatever it was
+
+
 def test_a_rollback_needs_blobs_that_are_kept(lab: Lab) -> None:
     for number in range(KEPT_VERSIONS + 2):
         lab.make(f"{number}.onnx")
@@ -157,7 +173,9 @@ def test_a_rollback_needs_blobs_that_are_kept(lab: Lab) -> None:
     assert len(lab.kept()) == KEPT_VERSIONS
     with pytest.raises(FederationError, match="release 1 are not kept any more"):
         lab.orders.rollback(1)
-    with pytest.raises(FederationError, match=r"holds no release 99\. Name another with --to; others there are: 1, 2"):
+    with pytest.raises(
+        FederationError, match=r"holds no release 99\. Name another with --to; others there are: 1 .complete., 2"
+    ):
         lab.orders.rollback(99)
     back = lab.orders.rollback(3)
     assert all(map(lab.blobs.has, back.rollout.release.blobs))
