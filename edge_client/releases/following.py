@@ -1,4 +1,4 @@
-"""Starts the loop beside what answers. A broker that is away keeps nobody from answering."""
+"""Starts the loop beside what answers. Neither a broker that is away nor a full disk keeps anybody from answering."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edge_client.inference.providers import Runtime
 from edge_client.releases.follower import Follower
 from edge_client.releases.live import Live, Shelf
 from edge_client.releases.slots import Slots
-from protocol.errors import BusError
+from protocol.errors import BusError, KeyFileError
 from protocol.link import Link
 from protocol.mqtt import MqttBus
 from protocol.release.follower_end import FOLDER, FollowerEnd
@@ -34,7 +34,7 @@ def following(
 ) -> Iterator[Answering]:
     """Give what answers: the newest release that this device has, or else `base`; and follow releases meanwhile.
 
-    Raises InferenceError, StateError, KeyFileError.
+    Raises InferenceError, StateError, and KeyFileError if no release can come and nothing answers without one.
     """
     folder = config.state / FOLDER
     try:
@@ -47,8 +47,12 @@ def following(
         slots = Slots(folder)
         live = Live(Follower(config.id, profile, slots.load()), slots, Shelf(slots, base, adapter, runtime))
         answering = live.begin()
-        trust = Pinned(config.state / "coordinator.key", config.coordinator_key)
-        end = FollowerEnd(config.federation, config.id, random.Random(), config.state, trust)
+        try:
+            end = _end(config)
+        except KeyFileError:
+            if answering.current()[0] is None:
+                raise
+            end = None
         stop = threading.Event()
         thread = threading.Thread(target=_follow, args=(config, live, end, stop), name="releases", daemon=True)
         thread.start()
@@ -60,12 +64,18 @@ def following(
             live.leave()
 
 
-def _follow(config: ClientConfig, live: Live, end: FollowerEnd, stop: threading.Event) -> None:
+def _end(config: ClientConfig) -> FollowerEnd:
+    trust = Pinned(config.state / "coordinator.key", config.coordinator_key)
+    return FollowerEnd(config.federation, config.id, random.Random(), config.state, trust)
+
+
+def _follow(config: ClientConfig, live: Live, end: FollowerEnd | None, stop: threading.Event) -> None:
     told = ""
     while not stop.is_set():
         try:
+            end = end or _end(config)
             bus = MqttBus.open(config.broker, f"{config.federation}:{config.id}:answers")
-        except BusError as error:
+        except (BusError, KeyFileError) as error:
             if str(error) != told:
                 log.warning("no releases for now: %s", error)
             told = str(error)

@@ -123,8 +123,12 @@ class Live:
     def begin(self) -> Answering:
         """Load the model that answers, the one before it where it cannot be loaded; raises InferenceError if none can."""
         self._take(self._follower.started())
+        if self.answering is None:  # the disk takes no state, not even that of this start: it answers all the same
+            state = self._kept
+            self._use(state.current, state.release if state.stage == "trying" else None)
+            self._follower.state = state
         if self.answering is None:
-            raise InferenceError("no model can be loaded, and that cannot be written down: see above, and make room")
+            raise InferenceError("the current model cannot be loaded, and no other be chosen: see above, and make room")
         return self.answering
 
     def run(self, link: Link[FollowerEvent], end: FollowerEnd, stop: threading.Event) -> None:

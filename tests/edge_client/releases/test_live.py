@@ -365,6 +365,21 @@ def test_a_disk_that_takes_nothing_for_a_while_only_delays_a_release(
     assert len(failed) == 3
 
 
+def test_a_full_disk_keeps_no_device_from_answering_at_its_start(
+    lab: Lab, photograph: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.device(lab.models["int8"])
+    lab.announce(lab.release(1, lab.models["fp32"], health=Health(window_s=3600)))
+    lab.until(1, "trying")
+    lab.stop()
+
+    def fails(self: Slots, state: State) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Slots, "save", fails)
+    assert lab.device(lab.models["int8"]).classify(photograph).version == 1
+
+
 def test_a_file_that_cannot_be_lent_is_fetched(lab: Lab, tmp_path: Path, photograph: Pixels) -> None:
     base = tmp_path / "base.onnx"
     base.write_bytes(lab.models["fp32"].read_bytes())
