@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipcast.exit_codes import INFERENCE
+
 if TYPE_CHECKING:
     from edge_client.inference.answering import Answering
     from edge_client.inference.watch.watching import Seen
@@ -40,22 +42,28 @@ def watch(
 ) -> None:
     """Answer new pictures of a folder, or what a camera sees, until SIGTERM or Ctrl-C.
 
+    With --once the exit code is 9 if a picture could not be read.
+
     Example: `clipcast watch model.onnx /srv/incoming --json`, `clipcast watch model.onnx 0 --every 0.5`
     """
     from clipcast.commands.answers import answering_with
 
     if bool(mqtt) != bool(topic):
         raise typer.BadParameter("--mqtt and --topic go together: the broker, and where answers go there")
-    stop = threading.Event()
+    stop, failed = threading.Event(), 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with telling(mqtt, topic) as send, answering_with(model, adapter, releases, provider, profile, threads) as answering:
 
         def tell(seen: Seen) -> None:
+            nonlocal failed
+            failed += seen.answer is None
             typer.echo(json.dumps(seen.record()) if as_json else _line(seen))
             send(seen)
 
         look(source, answering, top, tell, stop, every, existing=existing or once, once=once)
+    if once and failed:
+        raise typer.Exit(INFERENCE)
 
 
 def look(

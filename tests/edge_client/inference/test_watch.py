@@ -190,3 +190,25 @@ def test_once_answers_what_is_there_and_ends(models: Models, photograph: Pixels,
     command = [sys.executable, "-m", "clipcast", "watch", str(models["int8"]), str(tmp_path), "--once", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert [json.loads(line)["source"] for line in done.stdout.splitlines()] == [str(tmp_path / "a.jpg")]
+    assert done.stderr == ""
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, len(done.stdout.splitlines())) == (9, 2)
+
+
+def test_what_is_no_broker_is_told(models: Models, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "clipcast",
+        "watch",
+        str(models["int8"]),
+        str(tmp_path),
+        "--topic",
+        "t",
+        "--mqtt",
+        "foo",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "write mqtt://HOST[:PORT]" in " ".join(done.stderr.replace("│", " ").split())
