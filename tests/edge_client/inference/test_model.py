@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_an_adapter_of_another_base_and_what_is_none_are_refused(models: Models,
     foreign.write_bytes(b"nothing of the kind")
     with pytest.raises(InferenceError, match="cannot be read as an adapter"):
         base.with_adapter(foreign, None)
-    with pytest.raises(InferenceError, match="cannot be read as an adapter"):
+    with pytest.raises(InferenceError, match="none: no such adapter"):
         base.with_adapter(tmp_path / "none", None)
     with pytest.raises(InferenceError, match="flavour int8 takes no adapter"):
         Model.open(models["int8"], adapter=foreign)
@@ -87,6 +88,13 @@ def test_other_classes_are_answered_and_classes_of_another_model_refused(models:
     np.testing.assert_allclose(said, wanted / wanted.sum(), atol=1e-4)
     with pytest.raises(InferenceError, match="their embeddings mean nothing to it"):
         model.with_adapter(None, TextBank(**{**vars(bank), "model_digest": "0" * 64}))
+
+
+def test_an_answer_that_is_not_finite_is_none(models: Models, photograph: Pixels) -> None:
+    bank = bank_of("tiny-clip", CLASSES)
+    overflown = replace(bank, embeddings=np.full_like(bank.embeddings, np.inf))
+    with pytest.raises(InferenceError, match="answer is not finite"):
+        Model.open(models["fp32"], classes=overflown).run(photograph[None])
 
 
 def test_files_that_are_no_artefacts_are_named(models: Models, tmp_path: Path) -> None:
