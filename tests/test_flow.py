@@ -788,19 +788,17 @@ def test_an_update_that_finds_no_room_gets_no_receipt_and_comes_again(
     assert len(refused) == 3
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 def test_links_that_are_cut_at_any_byte_give_the_same_bits(
     calm: Outcome,
     homes: list[Path],
     mosquitto: Callable[..., str],
     fault_proxy: Callable[..., Any],
     tmp_path: Path,
-    seed: int,
 ) -> None:
     """Every connection, the coordinator's too, is cut after 2 to 120 KB; an update has more than 70. Then the links heal."""
     url = mosquitto()
-    proxy = fault_proxy(urlsplit(url).port, seed=seed, cut_after=(2_000, 120_000))
-    timer = threading.Timer(60.0, proxy.heal)
+    proxy = fault_proxy(urlsplit(url).port, seed=1, cut_after=(2_000, 120_000))
+    timer = threading.Timer(30.0, proxy.heal)
     timer.start()
     try:
         outcome = federate(over(f"mqtt://127.0.0.1:{proxy.port}"), homes, tmp_path / "state", deadline_s=600)

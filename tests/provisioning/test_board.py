@@ -48,6 +48,13 @@ def arch(pytestconfig: pytest.Config) -> str:
     return "arm64" if pytestconfig.getoption("--device") else "amd64"
 
 
+@pytest.fixture
+def not_emulated(arch: str) -> None:
+    """For what is the same on any machine, and takes minutes under emulation."""
+    if arch != "amd64":
+        pytest.skip("the same on any machine: `make test` has it")
+
+
 @pytest.fixture(scope="module")
 def system(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     require(arch)
@@ -195,6 +202,7 @@ def test_a_second_run_changes_nothing_and_says_so(system: System, provision: Cli
     assert {path: at for path, at in state().items() if before.get(path) != at} == {}
 
 
+@pytest.mark.usefixtures("not_emulated")
 def test_what_was_changed_there_is_put_right_and_nothing_else(system: System, provision: Clipcast) -> None:
     settings = system.root / "etc/clipcast/client.toml"
     wanted = settings.read_text()
@@ -207,6 +215,7 @@ def test_what_was_changed_there_is_put_right_and_nothing_else(system: System, pr
     assert settings.read_text() == wanted
 
 
+@pytest.mark.usefixtures("not_emulated")
 def test_a_board_that_was_cut_off_before_its_stamp_asks_again_and_stays_the_same(
     system: System, provision: Clipcast, home: Path
 ) -> None:
@@ -224,10 +233,12 @@ def test_a_board_that_was_cut_off_before_its_stamp_asks_again_and_stays_the_same
     assert clipcast("device", "list") == before
 
 
+@pytest.mark.usefixtures("not_emulated")
 def test_the_board_does_not_become_another_one(system: System, provision: Clipcast) -> None:
     assert "this board is jetson-1 already, not jetson-2" in provision("--id", "jetson-2", code=PROVISION)
 
 
+@pytest.mark.usefixtures("not_emulated")
 def test_a_doctor_that_finds_the_broker_away_says_so_in_its_code(system: System, provision: Clipcast, lab: Lab) -> None:
     settings = system.root / "etc/clipcast/client.toml"
     wanted = settings.read_text()
