@@ -207,7 +207,7 @@ def test_any_sequence_of_misfortunes(
     fields: dict[str, Any] = {"folder": fast_path, "disks": disks, "patch": monkeypatch}
     machine = type("Machine", (Misfortunes,), {**fields, "steps": itertools.count(), "finished": itertools.count()})
     how = settings(
-        max_examples=150 if full else 40,
+        max_examples=150 if full else 60,
         stateful_step_count=35 if full else 25,
         deadline=None,
         derandomize=not full,
