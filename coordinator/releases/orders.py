@@ -207,7 +207,7 @@ def _is_before(entry: Entry, current: Entry) -> bool:
 def how_it_ended(entry: Entry) -> str:
     """Return one word for a release's end."""
     rollout = entry.rollout
-    return COMPLETE if rollout.complete and rollout.release.state == "open" else rollout.reason or rollout.release.state
+    return COMPLETE if rollout.succeeded else rollout.reason or rollout.release.state
 
 
 def _wanted(entries: list[Entry]) -> set[str]:

@@ -40,7 +40,7 @@ class Summary:
         """One word for how it is: complete, or what is announced. A way back is complete when all who answer have it."""
         rollout, census = self.entry.rollout, self.census
         short = not rollout.rings and (census.waiting or census.failed or not census.committed)
-        return "complete" if rollout.complete and rollout.release.state == "open" and not short else rollout.release.state
+        return "complete" if rollout.succeeded and not short else rollout.release.state
 
     @property
     def others(self) -> tuple[str, ...]:

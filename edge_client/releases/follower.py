@@ -74,17 +74,19 @@ class Follower:
     def started(self) -> list[Step]:
         """Begin where the last process ended. A model that was loaded or tried three times in vain is given up."""
         state = self.state
-        if state.release is None or state.stage == "fetching":
-            return [Use(state.current), *self.under_way()]
-        self._keep(boots=state.boots + 1)
-        if self.state.boots > MOST_BOOTS:
-            problem = f"the process ended {MOST_BOOTS} times while it was {'tried' if state.stage == 'trying' else 'loaded'}"
-            if state.stage == "trying":
-                return self._back("crashed", problem)
-            return [Use(state.current), *self._over(state.release, "refused", "crashed", problem)]
-        if state.stage == "trying":
-            return [Use(state.current, state.release)]
-        return [Use(state.current), *self.under_way()]
+        if state.release is not None and state.stage != "fetching":
+            self._keep(boots=state.boots + 1)
+            if self.state.boots > MOST_BOOTS:
+                doing = "tried" if state.stage == "trying" else "loaded"
+                problem = f"the process ended {MOST_BOOTS} times while it was {doing}"
+                if state.stage == "trying":
+                    return self._back("crashed", problem)
+                return [self.using(), *self._over(state.release, "refused", "crashed", problem)]
+        return [self.using(), *self.under_way()]
+
+    def using(self) -> Use:
+        """Return what answers, as it is on the disk."""
+        return Use(self.state.current, self.state.release if self.state.stage == "trying" else None)
 
     def under_way(self) -> list[Step]:
         """Return what is to be done for the release under way: at a start, and where a step could not be carried out."""

@@ -124,9 +124,8 @@ class Live:
         """Load the model that answers, the one before it where it cannot be loaded; raises InferenceError if none can."""
         self._take(self._follower.started())
         if self.answering is None:  # the disk takes no state, not even that of this start: it answers all the same
-            state = self._kept
-            self._use(state.current, state.release if state.stage == "trying" else None)
-            self._follower.state = state
+            self._carry_out(self._follower.using())
+            self._follower.state = self._kept
         if self.answering is None:
             raise InferenceError("the current model cannot be loaded, and no other be chosen: see above, and make room")
         return self.answering

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_client.errors import StateError
 from protocol.messages import BlobRef, Count, Name, Sha256
-from protocol.release.follower_end import BLOBS, PARTIAL
+from protocol.release.follower_end import BLOBS, PARTIAL, partial_path
 from protocol.release.manifests import Release, Version
 from protocol.storage.files import write_atomic
 from protocol.storage.large import file_sha256
@@ -127,7 +127,7 @@ class Slots:
 
     def _come(self, digest: str) -> int:
         try:
-            return (self._partial / f"{digest}.part").stat().st_blocks * 512  # it has holes
+            return partial_path(self._path.parent, digest).stat().st_blocks * 512  # it has holes
         except OSError:
             return 0
 

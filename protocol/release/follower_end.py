@@ -29,6 +29,7 @@ FOLDER = "answers"
 
 BLOBS, PARTIAL = "blobs", "partial"
 
+
 WINDOW = 64  # chunks that are asked for at a time
 
 
@@ -67,6 +68,11 @@ class _Under:
     wrong: int = 0
 
 
+def partial_path(folder: Path, digest: str) -> Path:
+    """Return where a blob lies in this process's folder while it is on its way."""
+    return folder / PARTIAL / f"{digest}.part"
+
+
 class FollowerEnd:
     """A device's side of releases. All methods return the actions that the bus should carry out."""
 
@@ -100,7 +106,7 @@ class FollowerEnd:
             known = self._under.get(digest)
             if known is not None and known.fetch.ref == ref:
                 continue
-            partial = LargePartial(self._folder / PARTIAL / f"{digest}.part", ref.size)
+            partial = LargePartial(partial_path(self._folder, digest), ref.size)
             self._under[digest] = _Under(Fetch(ref, Repeat(self._rng, NEED_S), WINDOW, partial), partial)
             actions.append(Subscribe(self.topics.blob_filter(digest)))
         return actions

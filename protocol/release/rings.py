@@ -99,6 +99,11 @@ class Rollout(BaseModel):
         return self.ring == len(self.rings)
 
     @property
+    def succeeded(self) -> bool:
+        """Whether it is complete, and was not stopped since."""
+        return self.complete and self.release.state == "open"
+
+    @property
     def under_way(self) -> bool:
         """Whether it has still to reach somebody: until then there is no other release."""
         return not self.complete and self.release.state != "aborted"

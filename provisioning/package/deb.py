@@ -29,7 +29,7 @@ PLACES = {
     **{script: (f"DEBIAN/{script}", 0o755) for script in ("postinst", "prerm", "postrm")},
 }
 # What two units have in common: systemd reads it as a part of each.
-SHARED = {f"lib/systemd/system/{unit}.d/10-device.conf": "device.conf" for unit in UNITS[2:]}
+SHARED = {f"lib/systemd/system/clipcast-{unit}.service.d/10-device.conf": "device.conf" for unit in ("client", "serve")}
 LIB = "usr/lib/clipcast"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # What is unpacked and downloaded where the package brings no wheels, roughly: torch for CUDA and its libraries, or none.

@@ -79,18 +79,14 @@ async def read_request(request: Request, body: bytes, limits: Limits) -> Asked:
     if kind == "multipart/form-data":
         asked = await _form(request, body, limits)
     else:  # megabytes of base64 take a while, and others wait
-        asked = await asyncio.get_running_loop().run_in_executor(None, _json, body, limits)
+        asked = await asyncio.get_running_loop().run_in_executor(None, _json, body)
     if not asked.pictures:
         raise RefusedError(422, "no-picture", "no picture was sent: a form needs a file field `picture`, JSON `pictures`")
-    _check_count(len(asked.pictures), limits)
-    return asked
-
-
-def _check_count(pictures: int, limits: Limits) -> None:
-    if pictures > limits.pictures:
+    if len(asked.pictures) > limits.pictures:
         raise RefusedError(
-            413, "too-many-pictures", f"{pictures} pictures in a request, at most {limits.pictures} are taken"
+            413, "too-many-pictures", f"{len(asked.pictures)} pictures in a request, at most {limits.pictures} are taken"
         )
+    return asked
 
 
 @asynccontextmanager
@@ -146,7 +142,7 @@ def _printable(name: str | None) -> str:
     return (name or "").encode("utf-8", "replace").decode()
 
 
-def _json(body: bytes, limits: Limits) -> Asked:
+def _json(body: bytes) -> Asked:
     if sum(body.count(sign) for sign in (b",", b"[", b"{")) > MOST_PARTS:  # none of them is in base64
         raise RefusedError(413, "too-large", f"JSON of more than {MOST_PARTS} parts is not read: send fewer pictures")
     try:
@@ -157,7 +153,6 @@ def _json(body: bytes, limits: Limits) -> Asked:
         raise RefusedError(
             422, "malformed", "JSON has to be an object with `pictures`, a list of base64 texts, and perhaps `top`"
         )
-    _check_count(len(said["pictures"]), limits)
     pictures = []
     for index, text in enumerate(said["pictures"]):
         try:
